@@ -1,0 +1,1 @@
+"""Temporal diffusion video upscaling for VapourSynth."""
