@@ -1,0 +1,219 @@
+"""Optical flow between neighbouring frames, warping along it, and where it can be trusted.
+
+A flow "2 h w" holds displacements in pixels of its own grid, channel 0 horizontal, channel 1 vertical: the forward
+flow of (a, b) at (x, y) says where the pixel (x, y) of a is found in b, relative to (x, y).
+"""
+
+import re
+import threading
+from collections.abc import Mapping
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.optical_flow import raft_large
+
+SMALLEST = 128  # shortest side both estimators see: below, RAFT's coarsest correlation level is a single cell
+
+_one_opencv_thread = threading.Lock()
+
+
+def warp(x: Tensor, flow: Tensor, mode: str = "nearest") -> Tensor:
+    """Sample x "b c h w" at (X + flow_x, Y + flow_y); flow "b 2 h w"; zeros outside.
+
+    Pixel centres lie at integers. "nearest" rounds to the nearest centre, ties to even; "bilinear" weighs the four
+    centres around, those outside counting as zero. Coordinates are float32 whatever the dtypes; the result has x's.
+    Non-finite displacements lead outside.
+    """
+    if mode not in ("nearest", "bilinear"):
+        raise ValueError(f"warp: mode must be nearest or bilinear, got {mode!r}")
+    height, width = flow.shape[-2:]
+    column = torch.arange(width, dtype=torch.float32, device=flow.device) + flow[:, 0].float()
+    row = torch.arange(height, dtype=torch.float32, device=flow.device)[:, None] + flow[:, 1].float()
+    if mode == "nearest":
+        return _pick(x, row.round(), column.round())
+    top, left = row.floor(), column.floor()
+    down, right = row - top, column - left
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for dy, weight_y in ((0, 1 - down), (1, down)):
+        for dx, weight_x in ((0, 1 - right), (1, right)):
+            weight = torch.nan_to_num(weight_y * weight_x, nan=0.0)
+            out += _pick(x, top + dy, left + dx).float() * weight[:, None]
+    return out.to(x.dtype)
+
+
+def _pick(x: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """x "b c h w" at whole coordinates row, column "b h w" (float32), zero where they lie outside."""
+    height, width = x.shape[-2:]
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    index = torch.where(inside, row, 0.0).long() * width + torch.where(inside, column, 0.0).long()
+    index = index.flatten(1)[:, None].expand(-1, x.shape[1], -1)
+    picked = x.flatten(2).gather(2, index).view_as(x)
+    return torch.where(inside[:, None], picked, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def valid(flow: Tensor, back_flow: Tensor, alpha1: float = 0.001, alpha2: float = 0.05) -> Tensor:
+    """1 where following `flow` and then `back_flow` (both "b 2 h w") leads home, else 0; float32 "b 1 h w".
+
+    With f the flow and g the back flow sampled (bilinear) where f leads: |f + g|^2 < alpha1 (|f|^2 + |g|^2) + alpha2,
+    squared lengths in pixels, the consistency test of Sundaram et al. 2010. Non-finite flows are invalid.
+    """
+    flow = flow.float()
+    returned = warp(back_flow.float(), flow, "bilinear")
+    error = (flow + returned).square().sum(dim=1, keepdim=True)
+    length = flow.square().sum(dim=1, keepdim=True) + returned.square().sum(dim=1, keepdim=True)
+    return (error < alpha1 * length + alpha2).float()
+
+
+def resize_flow(flow: Tensor, height: int, width: int) -> Tensor:
+    """Flow "n 2 h w" on another grid, by area averaging. Both channels are multiplied by the ratio of the WIDTHS."""
+    if flow.shape[-2:] == (height, width):
+        return flow
+    return F.adaptive_avg_pool2d(flow, (height, width)) * (width / flow.shape[-1])
+
+
+def _enlarged(length: int, multiple: int) -> int:
+    return max(SMALLEST, -(-length // multiple) * multiple)
+
+
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, half-pixel centres, "n c h w"."""
+    return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def _resize_back(flow: Tensor, size: tuple[int, int]) -> Tensor:
+    """Flow "n 2 h w" of an enlarged frame on the frame's own grid and in its pixels."""
+    height, width = flow.shape[-2:]
+    scale = torch.tensor([size[1] / width, size[0] / height], device=flow.device)
+    return _resize(flow, size) * scale[:, None, None]
+
+
+class DIS:
+    """Dense inverse search (Kroeger et al. 2016) by OpenCV, preset medium, on 8-bit luma. No weights.
+
+    OpenCV's thread count changes its result, so it is one here, whatever the caller's is.
+    """
+
+    name = "dis"
+
+    @torch.no_grad()
+    def __call__(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Flows a → b and b → a, float32 "2 h w" on the CPU, for frames "3 h w" in [-1, 1]."""
+        size = tuple(a.shape[-2:])
+        larger = (_enlarged(size[0], 1), _enlarged(size[1], 1))
+        first, second = (self._luma(_resize(frame.cpu().float()[None], larger)[0]) for frame in (a, b))
+        with _one_opencv_thread:
+            threads = cv2.getNumThreads()
+            cv2.setNumThreads(1)
+            try:
+                forward = self._estimate(first, second)
+                backward = self._estimate(second, first)
+            finally:
+                cv2.setNumThreads(threads)
+        flows = torch.from_numpy(np.stack([forward, backward])).permute(0, 3, 1, 2)
+        forward, backward = _resize_back(flows, size).contiguous()
+        return forward, backward
+
+    @staticmethod
+    def _estimate(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(first, second, None)
+
+    @staticmethod
+    def _luma(frame: Tensor) -> np.ndarray:
+        """8-bit BT.601 luma "h w" of a frame "3 h w" in [-1, 1]."""
+        red, green, blue = frame
+        luma = torch.nan_to_num(0.299 * red + 0.587 * green + 0.114 * blue)
+        return ((luma + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).contiguous().numpy()
+
+
+class RAFT:
+    """RAFT large (Teed and Deng 2020), torchvision's network with the released weights, in float32.
+
+    network     from `raft_network`, on the device it is to run on
+    iterations  refinements of the flow; the last one counts
+    slip        rescale row 0 and row 1 of the flow instead of its x and y channels when the frame had to be enlarged,
+                as the original program does. Only for comparing numbers with it.
+    """
+
+    name = "raft"
+
+    def __init__(self, network: nn.Module, iterations: int = 20, slip: bool = False) -> None:
+        self.network = network.eval()
+        self.iterations = iterations
+        self.slip = slip
+
+    @torch.no_grad()
+    def __call__(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Flows a → b and b → a, float32 "2 h w" on a's device, for frames "3 h w" in [-1, 1].
+
+        Frames whose sides are not multiples of 8, or below 128, are enlarged for the estimate.
+        """
+        device = next(self.network.parameters()).device
+        size = tuple(a.shape[-2:])
+        pair = _resize(torch.stack([a, b]).to(device, torch.float32), tuple(_enlarged(side, 8) for side in size))
+        flow = self.network(pair, pair.flip(0), num_flow_updates=self.iterations)[-1]
+        if self.slip:
+            ratios = torch.tensor([size[0] / flow.shape[-2], size[1] / flow.shape[-1]], device=device)
+            flow = _resize(flow, size).clone()
+            flow[:, :, :2] *= ratios[:, None]
+        else:
+            flow = _resize_back(flow, size)
+        forward, backward = flow.to(a.device)
+        return forward, backward
+
+
+_RAFT_NAMES = [  # released name → torchvision's, applied in order
+    (r"^module\.", ""),
+    (r"^fnet\.", "feature_encoder."),
+    (r"^cnet\.", "context_encoder."),
+    (r"(layer\d\.\d)\.conv(\d)\.", r"\1.convnormrelu\2.0."),
+    (r"(layer\d\.\d)\.norm([12])\.", r"\1.convnormrelu\2.1."),
+    (r"^(\w+_encoder)\.conv1\.", r"\1.convnormrelu.0."),
+    (r"^(\w+_encoder)\.norm1\.", r"\1.convnormrelu.1."),
+    (r"^(\w+_encoder)\.conv2\.", r"\1.conv."),
+    (r"^update_block\.encoder\.conv([cf])1\.", r"update_block.motion_encoder.conv\g<1>1.0."),
+    (r"^update_block\.encoder\.conv([cf])2\.", r"update_block.motion_encoder.conv\g<1>2.0."),
+    (r"motion_encoder\.convc", "motion_encoder.convcorr"),
+    (r"motion_encoder\.convf", "motion_encoder.convflow"),
+    (r"^update_block\.encoder\.conv\.", "update_block.motion_encoder.conv.0."),
+    (r"^update_block\.gru\.conv([zrq])([12])\.", r"update_block.recurrent_block.convgru\2.conv\1."),
+    (r"^update_block\.mask\.0\.", "mask_predictor.convrelu.0."),
+    (r"^update_block\.mask\.2\.", "mask_predictor.conv."),
+]
+
+
+def raft_names(names: list[str]) -> dict[str, str]:
+    """Released RAFT names (with or without `module.`) → torchvision's, without the copies `layerN.0.norm3`."""
+    renamed = {}
+    for name in names:
+        if ".norm3." in name:
+            continue
+        new = name
+        for pattern, replacement in _RAFT_NAMES:
+            new = re.sub(pattern, replacement, new)
+        renamed[name] = new
+    return renamed
+
+
+def raft_network(state: Mapping[str, Tensor]) -> nn.Module:
+    """torchvision's RAFT large holding the tensors of a released `raft-things.pth`; every name must fit."""
+    with torch.device("meta"):
+        network = raft_large(weights=None)
+    renamed = {new: state[old] for old, new in raft_names(list(state)).items()}
+    wanted = network.state_dict()
+    for problem, names in (("misses", wanted.keys() - renamed.keys()), ("does not know", renamed.keys() - wanted.keys())):
+        names = {name for name in names if not name.endswith("num_batches_tracked")}
+        if names:
+            raise ValueError(f"raft_network: RAFT large {problem} {len(names)} tensors, the first is {min(names)}")
+    for name, tensor in wanted.items():
+        if name.endswith("num_batches_tracked"):
+            renamed[name] = torch.zeros((), dtype=torch.long)
+        elif renamed[name].shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)}, got {tuple(renamed[name].shape)}"
+            raise ValueError(f"raft_network: {name} must have the shape {shapes}")
+        elif renamed[name].dtype != torch.float32:
+            renamed[name] = renamed[name].float()
+    network.load_state_dict({name: renamed[name] for name in wanted}, assign=True)
+    return network.requires_grad_(False).eval()
