@@ -1,0 +1,133 @@
+"""Files of tensors, read without running anything that is in them.
+
+Two formats exist: safetensors (a JSON header and raw bytes) and the pickles that `torch.save` writes. Both come back as
+plain dictionaries of CPU tensors in the dtype of the file, each owning its memory: nothing is mapped, so replacing a
+file in use changes no pixel, and a caller that pops tensors as it uses them never holds the weights twice.
+"""
+
+import json
+import math
+import pickle
+import struct
+import zipfile
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class ModelError(ValueError):
+    """A model folder or file that cannot be used. The message is one line: what was looked for and what was found."""
+
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+
+
+def _header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
+    """Entries, metadata and the offset of the first data byte of a safetensors file; the file's length is checked."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else -1
+        if not 2 <= length <= LARGEST_HEADER:
+            raise ModelError(f"{path} is not a safetensors file (its header does not begin with a length)")
+        text = file.read(length)
+    start = 8 + length
+    if len(text) < length:
+        raise ModelError(f"{path} is cut off: {size} bytes, its header alone needs {start}; fetch it again")
+    try:
+        entries = json.loads(text)
+        metadata = entries.pop("__metadata__", {})
+        spans = sorted(entry["data_offsets"] for entry in entries.values())
+        end = 0
+        for name, entry in entries.items():
+            begin, stop = entry["data_offsets"]
+            if stop - begin != math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize:
+                raise ModelError(f"{path}: the bytes of tensor {name} do not fit its shape {entry['shape']}")
+        for begin, stop in spans:
+            if begin != end:
+                raise ModelError(f"{path}: its tensors overlap or leave gaps")
+            end = stop
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, KeyError) as error:
+        raise ModelError(f"{path} is not a safetensors file this program can read ({error!r})") from None
+    if size != start + end:
+        problem = "is cut off" if size < start + end else "has bytes behind its last tensor"
+        raise ModelError(f"{path} {problem}: {size} bytes where its header says {start + end}; fetch it again")
+    return entries, metadata, start
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a safetensors file, from its header alone."""
+    return {name: tuple(entry["shape"]) for name, entry in _header(path)[0].items()}
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file: text by name."""
+    return _header(path)[1]
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    entries, _, start = _header(path)
+    tensors = {}
+    with path.open("rb", buffering=0) as file:
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, stop = entry["data_offsets"]
+            raw = torch.empty(stop - begin, dtype=torch.uint8)
+            view, done = memoryview(raw.numpy()), 0
+            file.seek(start + begin)
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise ModelError(f"{path} became shorter while it was read")
+                done += count
+            tensors[name] = raw.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        said = " ".join(str(error).split())
+        if "GLOBAL" in said or "Unsupported" in said:
+            culprit = said.split("GLOBAL ", 1)[-1].split()[0] if "GLOBAL " in said else "an unknown operation"
+            raise ModelError(f"{path} wants to run code ({culprit}): only files of plain tensors are read") from None
+        raise ModelError(f"{path} is not a file of tensors, or is cut off") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{path} is not a file of tensors, or is cut off ({said[:120]})") from None
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ModelError(f"{path} must hold a plain dictionary of tensors")
+    return dict(tensors)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a `.safetensors`, `.bin` or `.pth` file, on the CPU, in the file's dtypes.
+
+    Raises ModelError for files that are cut off, are something else, or (pickles) hold more than tensors.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist")
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+
+
+def digest_tensors(tensors: dict[str, Tensor], digest: "blake2b") -> None:
+    """Feed names, dtypes, shapes and bytes of `tensors`, sorted by name, to a hash."""
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        if value.numel():
+            digest.update(value.reshape(-1).view(torch.uint8).numpy())
