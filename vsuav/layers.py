@@ -1,0 +1,214 @@
+"""The pieces both networks are made of.
+
+Activations are "b c t h w" tensors whose memory is (b, t, h, w, c), that is `torch.channels_last_3d`. In that memory
+
+* the frames, "(b t) c h w", are a channels-last view (`frames`): every spatial convolution runs on it;
+* "b c t (h w)" is a channels-last view: joint group normalisation and convolutions over time run on it;
+* "(b t) (h w) c" is a contiguous view (`tokens`): attention and feed-forward layers run on it.
+
+No layer has to rearrange anything. Every module also accepts any other memory layout, at the price of a copy.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def frames(x: Tensor) -> Tensor:
+    """"b c t h w" -> "(b t) c h w", channels-last."""
+    x = x.transpose(1, 2).flatten(0, 1)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def clip(x: Tensor, t: int) -> Tensor:
+    """"(b t) c h w" -> "b c t h w"."""
+    return x.unflatten(0, (-1, t)).transpose(1, 2)
+
+
+def tokens(x: Tensor) -> Tensor:
+    """"b c t h w" -> "(b t) (h w) c", contiguous."""
+    return x.permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1).contiguous()
+
+
+def untokens(z: Tensor, like: Tensor) -> Tensor:
+    """"(b t) (h w) c" -> "b c t h w" with the sizes b, t, h, w of `like`."""
+    b, _, t, h, w = like.shape
+    return z.view(b, t, h, w, -1).permute(0, 4, 1, 2, 3)
+
+
+def timeline(x: Tensor) -> Tensor:
+    """"b c t h w" -> "b c t (h w)", channels-last."""
+    return x.flatten(3).contiguous(memory_format=torch.channels_last)
+
+
+def concat(a: Tensor, b: Tensor) -> Tensor:
+    """Concatenation on channels, done in memory order (one straight copy per pixel)."""
+    return torch.cat([a.permute(0, 2, 3, 4, 1), b.permute(0, 2, 3, 4, 1)], dim=-1).permute(0, 4, 1, 2, 3)
+
+
+class JointNorm(nn.GroupNorm):
+    """Group normalisation of "b c t h w", optionally followed by SiLU.
+
+    Mean and variance run over a group's channels and over ALL frames and pixels together: which frames are given
+    together changes the result.
+    """
+
+    def forward(self, x: Tensor, act: bool = False) -> Tensor:
+        y = F.group_norm(timeline(x), self.num_groups, self.weight, self.bias, self.eps)
+        if act:
+            y = F.silu(y, inplace=not torch.is_grad_enabled())
+        return y.unflatten(3, x.shape[3:])
+
+
+class FrameConv(nn.Conv2d):
+    """A 2-D convolution of every frame of "b c t h w"."""
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """`shift` "b c" or "1 c" is added to the output, broadcast over frames and pixels."""
+        bias = self.bias
+        if shift is not None and len(shift) == 1:
+            bias, shift = bias + shift[0], None
+        y = F.conv2d(frames(x), self.weight, bias, self.stride, self.padding)
+        y = clip(y, x.shape[2])
+        return y if shift is None else y + shift[:, :, None, None, None]
+
+
+class TimeConv(nn.Conv3d):
+    """A convolution over time only, kernel (k, 1, 1), zero padding (k-1)/2; run as a 2-D one on "b c t (h w)"."""
+
+    def __init__(self, cin: int, cout: int, k: int):
+        super().__init__(cin, cout, (k, 1, 1), padding=(k // 2, 0, 0))
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """`shift` as in `FrameConv`."""
+        bias = self.bias
+        if shift is not None and len(shift) == 1:
+            bias, shift = bias + shift[0], None
+        y = F.conv2d(timeline(x), self.weight[..., 0], bias, padding=self.padding[:2])
+        y = y.unflatten(3, x.shape[3:])
+        return y if shift is None else y + shift[:, :, None, None, None]
+
+
+class ResBlock(nn.Module):
+    """R2 of the architecture (2): out = skip(x) + conv2(SiLU(norm2(conv1(SiLU(norm1(x))) + proj(SiLU(e)))))."""
+
+    def __init__(
+        self, cin: int, cout: int, *, eps: float, groups: int, groups_in: int | None = None, emb: int | None = None
+    ):
+        super().__init__()
+        self.norm1 = JointNorm(groups_in or groups, cin, eps)
+        self.conv1 = self.convolution(cin, cout, first=True)
+        if emb is not None:
+            self.time_emb_proj = nn.Linear(emb, cout)
+        self.norm2 = JointNorm(groups, cout, eps)
+        self.conv2 = self.convolution(cout, cout, first=False)
+        if cin != cout:
+            self.conv_shortcut = FrameConv(cin, cout, 1)
+        self.takes_embedding, self.changes_width = emb is not None, cin != cout
+
+    def convolution(self, cin: int, cout: int, first: bool) -> nn.Module:
+        return FrameConv(cin, cout, 3, padding=1)
+
+    def forward(self, x: Tensor, e: Tensor | None = None) -> Tensor:
+        """x "b c t h w"; e "b d" or "1 d", only where the block was built with `emb`."""
+        shift = self.time_emb_proj(F.silu(e)) if self.takes_embedding else None
+        h = self.conv1(self.norm1(x, act=True), shift)
+        h = self.conv2(self.norm2(h, act=True))
+        return h + (self.conv_shortcut(x) if self.changes_width else x)
+
+
+class TimeResBlock(ResBlock):
+    """RT of the architecture (2): the same block with convolutions over time, k and 3 frames long, and eps 1e-6."""
+
+    def __init__(self, channels: int, k: int, *, groups: int, emb: int | None = None):
+        self.k = k
+        super().__init__(channels, channels, eps=1e-6, groups=groups, emb=emb)
+
+    def convolution(self, cin: int, cout: int, first: bool) -> nn.Module:
+        return TimeConv(cin, cout, self.k if first else 3)
+
+
+class PlusResBlock(ResBlock):
+    """R2+ of the architecture (2): y = R2(x); out = y + conv_3d(SiLU(norm_3d(y))). A fresh block equals R2."""
+
+    def __init__(self, cin: int, cout: int, *, eps: float, groups: int, groups_in: int | None = None):
+        super().__init__(cin, cout, eps=eps, groups=groups, groups_in=groups_in)
+        self.norm_3d = JointNorm(groups, cout, eps)
+        self.conv_3d = zeroed(nn.Conv3d(cout, cout, 3, padding=1))
+
+    def forward(self, x: Tensor, e: Tensor | None = None) -> Tensor:
+        y = super().forward(x, e)
+        return y + self.conv_3d(self.norm_3d(y, act=True))
+
+
+class Down(nn.Module):
+    """A stride-2 convolution: zero padding 1 all around, or (`corner`) only one column right and one row below."""
+
+    def __init__(self, channels: int, corner: bool = False):
+        super().__init__()
+        self.corner = corner
+        self.conv = FrameConv(channels, channels, 3, stride=2, padding=0 if corner else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.corner else x)
+
+
+class Up(nn.Module):
+    """Nearest-neighbour enlargement of h and w to `size` (default: twice as large), then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = FrameConv(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        t, h, w = x.shape[2:]
+        y = F.interpolate(frames(x), size=size or (2 * h, 2 * w), mode="nearest")
+        return self.conv(clip(y, t))
+
+
+def zeroed[M: nn.Module](module: M) -> M:
+    """The same module with all its parameters zero: what a residual branch ends in before it is trained."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    """Softmax attention; heads are contiguous slices of the channels.
+
+    q "n i c", k and v "n j c" (n may be 1 there), bias broadcastable to "n heads i j" -> "n i c".
+    """
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+
+
+def sinusoid(timestep: Tensor, width: int) -> Tensor:
+    """Architecture 3.1: [cos(t f_i), sin(t f_i)], f_i = 10000^(-i / (width/2)), float32; timestep "b" -> "b width"."""
+    half = width // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) * (-math.log(10000) / half)
+    angle = timestep.float()[:, None] * exponent.exp()
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def check_config(
+    who: str, config: Mapping[str, Any], known: Iterable[str], fixed: Mapping[str, tuple], ignored: Iterable[str]
+) -> None:
+    """Refuses a configuration this network would not compute as meant.
+
+    `known` keys are read by the caller, `fixed` ones must have one of the given values, `ignored` ones and those that
+    begin with an underscore say nothing about the numbers; any other key must be empty (None, False, 0, "", [] or {}).
+    """
+    known, ignored = set(known), set(ignored)
+    for key, value in config.items():
+        if key in known or key in ignored or key.startswith("_"):
+            continue
+        if key in fixed:
+            if value not in fixed[key]:
+                allowed = " or ".join(repr(v) for v in fixed[key])
+                raise ValueError(f"{who}: {key} must be {allowed}, got {value!r}")
+        elif value:
+            raise ValueError(f"{who}: unknown setting {key} = {value!r}; this network would ignore it, so it is refused")

@@ -1,0 +1,254 @@
+"""The two VAEs: frames to latents (4x smaller) and back; the video one has 3-D layers and sees the low-resolution clip.
+
+Parameter names are the keys of the released checkpoints. All group normalisations but the attention's are joint over
+the frames given together (chunks of three, by the reference).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vsuav.layers import (
+    Down,
+    FrameConv,
+    JointNorm,
+    PlusResBlock,
+    ResBlock,
+    Up,
+    attend,
+    check_config,
+    clip,
+    concat,
+    frames,
+    zeroed,
+)
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """What may differ between VAEs; the defaults are the released image VAE's. `block_out_channels`: finest first.
+
+    A decoder block named `UpDecoderBlock3D_plus` has 3-D layers; where the first block has, so do the middle block and
+    the condition's. `bicubic_skip` adds the low-resolution clip, enlarged four times, to the decoder's output.
+    """
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512)
+    layers_per_block: int = 2
+    up_block_types: tuple[str, ...] | None = None
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.08333
+    condition_img: bool = False
+    condition_channels: int = 128
+    mid_block_add_attention: bool = True
+    bicubic_skip: bool = False
+
+    FIXED = {
+        "act_fn": ("silu",),
+        "down_block_types": tuple([kind] * n for kind in ("DownEncoderBlock3D", "DownEncoderBlock2D") for n in range(9)),
+        "force_upcast": (True, False),
+        "use_post_quant_conv": (True,),
+        "use_quant_conv": (True,),
+        "use_temporal_block": (True, False),
+    }
+    IGNORED = ("sample_size",)
+
+    def __post_init__(self):
+        if self.up_block_types is None:
+            object.__setattr__(self, "up_block_types", ("UpDecoderBlock3D",) * len(self.block_out_channels))
+        if len(self.up_block_types) != len(self.block_out_channels):
+            raise ValueError(
+                f"VAEConfig: up_block_types must have one entry for each of the {len(self.block_out_channels)} "
+                f"block_out_channels, got {self.up_block_types}"
+            )
+        known = ("UpDecoderBlock2D", "UpDecoderBlock3D", "UpDecoderBlock3D_plus")
+        for kind in self.up_block_types:
+            if kind not in known:
+                raise ValueError(f"VAEConfig: unknown block type {kind!r}; known: {', '.join(known)}")
+
+    def plus(self) -> list[bool]:
+        """Per decoder block, coarsest first: does it have 3-D layers?"""
+        return [kind.endswith("_plus") for kind in self.up_block_types]
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "VAEConfig":
+        """From a config.json of one of these VAEs, or of the image VAE of the same shape."""
+        names = [f.name for f in fields(cls)]
+        check_config("VAEConfig", config, names, cls.FIXED, cls.IGNORED)
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names})
+
+
+def residual(cin: int, cout: int, config: VAEConfig, plus: bool, groups_in: int | None = None) -> ResBlock:
+    kind = PlusResBlock if plus else ResBlock
+    return kind(cin, cout, eps=EPS, groups=config.norm_num_groups, groups_in=groups_in)
+
+
+class PixelAttention(nn.Module):
+    """Single-head attention among the pixels of each frame, as a residual."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, EPS)
+        self.query = nn.Linear(channels, channels)
+        self.key = nn.Linear(channels, channels)
+        self.value = nn.Linear(channels, channels)
+        self.proj_attn = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x "(b t) c h w"."""
+        z = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)
+        z = self.proj_attn(attend(self.query(z), self.key(z), self.value(z), heads=1))
+        return x + z.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, channels: int, config: VAEConfig, plus: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(residual(channels, channels, config, plus) for _ in range(2))
+        if config.mid_block_add_attention:
+            self.attentions = nn.ModuleList([PixelAttention(channels, config.norm_num_groups)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        if hasattr(self, "attentions"):
+            x = clip(self.attentions[0](frames(x)), x.shape[2])
+        return self.resnets[1](x)
+
+
+class Stage(nn.Module):
+    """`layers` residual blocks, then a change of size or none."""
+
+    def __init__(self, cin: int, cout: int, layers: int, config: VAEConfig, *, plus=False, down=False, up=False):
+        super().__init__()
+        self.resnets = nn.ModuleList(residual(cin if j == 0 else cout, cout, config, plus) for j in range(layers))
+        if down:
+            self.downsamplers = nn.ModuleList([Down(cout, corner=True)])
+        if up:
+            self.upsamplers = nn.ModuleList([Up(cout)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.resnets:
+            x = block(x)
+        for resize in (*getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
+            x = resize(x)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, layers = config.block_out_channels, config.layers_per_block
+        self.conv_in = FrameConv(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            Stage(widths[max(i - 1, 0)], out, layers, config, down=i < len(widths) - 1) for i, out in enumerate(widths)
+        )
+        self.mid_block = Middle(widths[-1], config, plus=False)
+        self.conv_norm_out = JointNorm(config.norm_num_groups, widths[-1], EPS)
+        self.conv_out = FrameConv(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(self.conv_norm_out(self.mid_block(x), act=True))
+
+
+class ConditionFuse(nn.Module):
+    """x + w (x scale(u) + shift(u)), u from condition and x. A fresh one passes x on."""
+
+    def __init__(self, condition: int, channels: int, config: VAEConfig):
+        super().__init__()
+        self.shared = nn.Sequential(
+            residual(condition + channels, channels, config, plus=False),
+            residual(channels, channels, config, plus=False),
+        )
+        self.scale = zeroed(FrameConv(channels, channels, 3, padding=1))
+        self.shift = zeroed(FrameConv(channels, channels, 3, padding=1))
+
+    def forward(self, condition: Tensor, x: Tensor, w: float = 1.0) -> Tensor:
+        u = self.shared(concat(condition, x))
+        return x + w * (x * self.scale(u) + self.shift(u))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, layers = config.block_out_channels[::-1], config.layers_per_block + 1
+        plus = config.plus()
+        self.conv_in = FrameConv(config.latent_channels, widths[0], 3, padding=1)
+        if config.condition_img:
+            c = config.condition_channels
+            self.condition_in = nn.Sequential(
+                residual(config.in_channels, c, config, plus[0], groups_in=config.in_channels),
+                residual(c, c, config, plus[0]),
+            )
+            self.condition_fuse = ConditionFuse(c, widths[0], config)
+        self.mid_block = Middle(widths[0], config, plus[0])
+        self.up_blocks = nn.ModuleList(
+            Stage(widths[max(i - 1, 0)], out, layers, config, plus=plus[i], up=i < len(widths) - 1)
+            for i, out in enumerate(widths)
+        )
+        self.conv_norm_out = JointNorm(config.norm_num_groups, widths[-1], EPS)
+        self.conv_out = FrameConv(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor, low_res: Tensor | None, w: float) -> Tensor:
+        x = self.conv_in(z)
+        if hasattr(self, "condition_in"):
+            x = self.condition_fuse(self.condition_in(low_res), x, w)
+        x = self.mid_block(x)
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(self.conv_norm_out(x, act=True))
+
+
+class VAE(nn.Module):
+    """`encode` frames, `decode` latents. Freshly built, the 3-D layers and the condition change nothing."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        moments = 2 * config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = FrameConv(moments, moments, 1)
+        self.post_quant_conv = FrameConv(config.latent_channels, config.latent_channels, 1)
+
+    def _enter(self, x: Tensor) -> Tensor:
+        return x.to(self.quant_conv.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance "b 4 t h w" (unscaled) of frames "b 3 t H W" in [-1, 1]; h = H // 4, w = W // 4."""
+        mean, logvar = self.quant_conv(self.encoder(self._enter(x))).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z: Tensor, low_res: Tensor | None = None, w: float = 1.0) -> Tensor:
+        """Frames "b 3 t 4h 4w", about [-1, 1], not clamped.
+
+        z "b 4 t h w": latents, already divided by `config.scaling_factor`. low_res "b 3 t h w": the clean input frames
+        in [-1, 1], needed where the decoder was built for them; w: how much they count.
+        """
+        needs = self.config.condition_img or self.config.bicubic_skip
+        if needs and low_res is None:
+            raise ValueError("VAE.decode: this decoder needs low_res, the clean input frames, got None")
+        if needs and low_res.shape[2:] != z.shape[2:]:
+            raise ValueError(
+                f"VAE.decode: low_res must have the frames and size of z {tuple(z.shape[2:])}, "
+                f"got {tuple(low_res.shape[2:])}"
+            )
+        condition = self._enter(low_res) if self.config.condition_img else None
+        x = self.decoder(self.post_quant_conv(self._enter(z)), condition, w)
+        if self.config.bicubic_skip:
+            factor = 2 ** (len(self.config.block_out_channels) - 1)
+            skip = F.interpolate(frames(low_res), scale_factor=factor, mode="bicubic", align_corners=False)
+            x = x + clip(skip, z.shape[2]).to(x.dtype)
+        return x
