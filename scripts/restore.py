@@ -1,0 +1,201 @@
+"""Restores a video file through restore.vpy: script -> VapourSynth -> upscale -> ffmpeg, sound kept.
+
+    scripts/run                             the bundled sample clip, into out/
+    scripts/run INPUT OUTPUT [name=value …] any video; names are those of `upscale` (prompt="…" noise_level=60 …)
+
+Progress goes to stderr; at the end stdout gets two lines, the paths of the restored video and of a side-by-side PNG.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import av
+import imageio_ffmpeg
+import numpy as np
+import vapoursynth as vs
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = HERE / "restore.vpy"
+SAMPLE = HERE / "sample" / "city.mp4"
+COPIED = {".mp4": {"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"}, ".mov": {"aac", "mp3", "ac3", "eac3", "alac"}}
+"""Container -> sound formats it takes as they are; others are encoded as AAC. Matroska takes everything."""
+LARGEST = (960, 720)
+"""The picture shows at most this much of a frame (width, height), from its middle."""
+
+
+class Failed(Exception):
+    """Something the user can mend; the message is one line."""
+
+
+class Progress:
+    """A bar on stderr: redrawn in place on a terminal, a line every tenth of the way elsewhere."""
+
+    def __init__(self):
+        self.start = time.monotonic()
+        self.tenth = -1
+
+    def show(self, done: int, total: int) -> None:
+        seconds = time.monotonic() - self.start
+        rate = done / seconds if seconds else 0.0
+        left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
+        bar = "#" * (30 * done // total)
+        line = f"  [{bar:<30}] {done}/{total} frames, {rate:.2f} a second{left}"
+        if sys.stderr.isatty():
+            print(f"\r{line:<90}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        elif 10 * done // total > self.tenth:
+            self.tenth = 10 * done // total
+            print(line, file=sys.stderr, flush=True)
+
+
+def follow(messages, progress: Progress) -> list[str]:
+    """Read vspipe's stderr to its end: frame counts become the bar, everything else is passed on and returned."""
+    said, pending = [], b""
+    while chunk := os.read(messages.fileno(), 4096):
+        *lines, pending = re.split(rb"[\r\n]+", pending + chunk)
+        if re.fullmatch(rb"Frame: \d+/\d+( \(.*\))?", pending):  # vspipe ends a count when it writes the next one
+            lines, pending = [*lines, pending], b""
+        for line in (line.decode(errors="replace") for line in lines if line):
+            if count := re.match(r"Frame: (\d+)/(\d+)", line):
+                progress.show(int(count[1]), int(count[2]))
+            elif not re.match(r"Script evaluation done|Output \d+ frames|Information: VideoSource track", line):
+                said.append(line)
+                print(f"  {line}", file=sys.stderr, flush=True)
+    return said
+
+
+def environment() -> dict[str, str]:
+    """The environment for vspipe: it finds this Python by the PATH, and its plugins by this Python."""
+    return os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+
+
+def vspipe() -> list[str]:
+    """The command that evaluates a script: vspipe, or our stand-in where vspipe finds no shared libpython to load."""
+    command = str(Path(sys.executable).with_name("vspipe"))
+    try:
+        if subprocess.run([command, "--version"], env=environment(), capture_output=True).returncode == 0:
+            return [command, "-p", "-c", "y4m"]
+    except OSError:
+        pass
+    return [sys.executable, str(HERE / "pipe.py")]
+
+
+def sound_options(source: Path, target: Path) -> list[str]:
+    """ffmpeg's options that carry the sound of `source` (its second input) over to `target`."""
+    with av.open(str(source)) as container:
+        formats = {stream.codec_context.name for stream in container.streams.audio}
+    copied = formats <= COPIED.get(target.suffix.lower(), formats)
+    return ["-map", "1:a?", "-c:a", *(["copy"] if copied else ["aac", "-b:a", "192k"])]
+
+
+def guessed_matrix(height: int) -> int:
+    """The matrix of YUV video that names none, by the players' rule of thumb: BT.709 for HD, BT.601 below."""
+    return int(vs.MATRIX_BT709 if height > 576 else vs.MATRIX_ST170_M)
+
+
+def colour_tags(source: Path) -> str:
+    """A filter that tags frames as `source` is tagged (y4m carries no colour tags), or with what restore.vpy assumed."""
+    with av.open(str(source)) as container:
+        codec = container.streams.video[0].codec_context
+        matrix, primaries, transfer, full = (
+            int(value or 0) for value in (codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range)
+        )
+        if codec.pix_fmt.startswith(("rgb", "bgr", "gbr", "argb", "abgr", "pal8")):
+            matrix, full = int(vs.MATRIX_BT709), 1  # restore.vpy turns RGB into this
+        elif matrix in (0, 2):
+            matrix = guessed_matrix(codec.height)
+    tags = {"colorspace": matrix, "color_primaries": primaries, "color_trc": transfer, "range": full}
+    known = [f"{name}={value}" for name, value in tags.items() if name == "range" or value not in (0, 2)]
+    return "setparams=" + ":".join(known)
+
+
+def restore(source: Path, target: Path, settings: list[str], script: Path = SCRIPT) -> None:
+    """Run `script` on `source` and encode what comes out into `target`, which appears only when it is complete."""
+    part = target.with_name(f"{target.stem}.part{target.suffix}")
+    arguments = [word for pair in [f"input={source}", *settings] for word in ("-a", pair)]
+    encode = [
+        imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y", "-f", "yuv4mpegpipe", "-i", "-", "-i", str(source),
+        "-map", "0:v:0", *sound_options(source, target), "-vf", colour_tags(source),
+        "-c:v", "libx264", "-crf", "16", "-preset", "medium", str(part),
+    ]  # fmt: skip
+    evaluate = [*vspipe(), *arguments, str(script), "-"]
+    pipe = subprocess.Popen(evaluate, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    ffmpeg = subprocess.Popen(encode, stdin=pipe.stdout, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    pipe.stdout.close()  # ffmpeg holds it now
+    try:
+        complaints = []
+        reader = threading.Thread(target=lambda: complaints.append(ffmpeg.stderr.read().decode(errors="replace")))
+        reader.start()
+        said = follow(pipe.stderr, Progress())
+        failed_script, failed_encode = pipe.wait(), ffmpeg.wait()
+        reader.join()
+        if failed_encode and complaints[0].strip() and not said:
+            raise Failed(f"ffmpeg could not write {target}: {complaints[0].strip().splitlines()[-1]}")
+        if failed_script or failed_encode:
+            raise Failed(f"{source} was not restored, see above")
+        os.replace(part, target)
+    finally:
+        for process in (pipe, ffmpeg):
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+        part.unlink(missing_ok=True)
+
+
+def rgb(clip: vs.VideoNode, n: int, width: int, height: int) -> np.ndarray:
+    """Frame n at this size (bicubic) as "h w c", 8 bits."""
+    if clip.format.color_family == vs.YUV and clip.get_frame(n).props.get("_Matrix", 2) == 2:
+        clip = vs.core.std.SetFrameProps(clip, _Matrix=guessed_matrix(clip.height))
+    frame = vs.core.resize.Bicubic(clip, width, height, format=vs.RGB24).get_frame(n)
+    return np.dstack([np.asarray(frame[plane]) for plane in range(3)])
+
+
+def side_by_side(source: Path, restored: Path, picture: Path) -> None:
+    """Write the middle frame of both: the input enlarged by bicubic on the left, the restored one on the right."""
+    core = vs.core
+    before, after = core.bs.VideoSource(str(source), cachemode=0), core.bs.VideoSource(str(restored), cachemode=0)
+    n = min(before.num_frames, after.num_frames) // 2
+    width, height = min(after.width, LARGEST[0]), min(after.height, LARGEST[1])
+    left, top = (after.width - width) // 2, (after.height - height) // 2
+    halves = [rgb(clip, n, after.width, after.height) for clip in (before, after)]
+    halves = [half[top : top + height, left : left + width] for half in halves]
+    Image.fromarray(np.hstack(halves)).save(picture)
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        if any(word in ("-h", "--help") for word in arguments):
+            print(__doc__, file=sys.stderr)
+            return 0
+        files = [word for word in arguments if not re.match(r"[a-z_]+=", word)]
+        settings = [word for word in arguments if word not in files]
+        if len(files) not in (0, 2):
+            raise Failed("scripts/run takes no file (the sample clip) or two, INPUT and OUTPUT; see scripts/run --help")
+        source, target = (Path(file).resolve() for file in files or (SAMPLE, HERE.parent / "out" / "city-4x.mp4"))
+        if not source.is_file():
+            raise Failed(f"no such file: {source}")
+        if target == source:
+            raise Failed(f"INPUT and OUTPUT are the same file: {source}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        print(f"restoring {source}", file=sys.stderr, flush=True)
+        restore(source, target, settings)
+        picture = target.with_suffix(".png")
+        side_by_side(source, target, picture)
+    except Failed as error:
+        print(f"vsuav: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nvsuav: stopped", file=sys.stderr)
+        return 130
+    print(f"restored video:                  {target}")
+    print(f"input by bicubic | restored:     {picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
