@@ -1,0 +1,263 @@
+"""The networks on their device, called the way the engine needs them: one window, one decode chunk, one flow pair.
+
+Latents, noise, flows and all arithmetic between network calls live on the CPU in float32 (latents in float16 when the
+networks run in float16), so they are the same whatever the device. Only network inputs and outputs cross over.
+"""
+
+import contextlib
+import gc
+import platform
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import cv2
+import torch
+from torch import Tensor
+
+from vsuav.checkpoint import Models, load
+from vsuav.color import adain, bicubic4, wavelet
+from vsuav.flow import DIS, RAFT, raft_network
+from vsuav.noise import frame_noise
+from vsuav.plan import Recipe
+from vsuav.schedule import Sampler, add_noise
+from vsuav.settings import Settings
+from vsuav.tiling import blend_weights, tiles
+from vsuav.turns import worker
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class NetworkError(RuntimeError):
+    """The networks gave something that is no picture, or the device could not hold them."""
+
+
+def auto_device(device: str) -> str:
+    """``"auto"`` is the first CUDA device or the CPU; anything else is checked and returned.
+
+    Raises:
+        ValueError: no such device, with those there are.
+    """
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0))]
+    if device == "auto":
+        return there[1] if len(there) > 1 else "cpu"
+    name = "cuda:0" if device == "cuda" else device
+    if name not in there:
+        raise ValueError(f"device must be one of auto, {', '.join(there)}, got {device!r}")
+    return name
+
+
+def auto_dtype(dtype: str, device: str) -> str:
+    """``"auto"`` is float16 on CUDA, bfloat16 on a CPU that multiplies in it, else float32."""
+    if dtype != "auto":
+        return dtype
+    if device != "cpu":
+        return "float16"
+    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
+
+
+def device_kind(device: str) -> str:
+    """The kind of device and the versions of the libraries, as far as they decide the last bit of a result."""
+    if device == "cpu":
+        kind = f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    else:
+        kind = f"cuda {torch.cuda.get_device_name(device)} {torch.version.cuda}"
+    return f"{kind} torch {torch.__version__} opencv {cv2.__version__}"
+
+
+@contextlib.contextmanager
+def exact_arithmetic(threads: int) -> Iterator[None]:
+    """Arithmetic that is the same in every run: a fixed thread count, no autotuning, no TF32, no gradients."""
+    before = torch.get_num_threads()
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    if before != threads:
+        torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with (
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+            torch.inference_mode(),
+        ):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+        if before != threads:
+            torch.set_num_threads(before)
+
+
+class Networks:
+    """`models` on the device and in the dtype of `settings`, for one clip.
+
+    Args:
+        models: from `checkpoint.load`; moved and cast in place.
+        settings: with device and dtype resolved.
+    """
+
+    def __init__(self, models: Models, settings: Settings):
+        self.settings = settings
+        self.device = torch.device(settings.device)
+        self.dtype = TORCH_DTYPES[settings.dtype]
+        self.latent_dtype = torch.float16 if self.dtype is torch.float16 else torch.float32
+        self.sampler = Sampler(models.schedule, settings.steps, settings.solver, settings.spacing)
+        self.recipe = Recipe(
+            settings.steps, self.sampler.history, frozenset(settings.propagation_steps), settings.propagation_radius
+        )
+        self.worker = worker(settings.device)
+        self._schedule = models.low_res_schedule
+        self._text = models.text
+        self._unet = models.unet
+        self._vae = models.video_vae if settings.video_vae else models.vae
+        if self._vae is None:
+            has = "video" if models.video_vae is not None else "image"
+            raise ValueError(f"video_vae must be {not settings.video_vae} for this model: it has only the {has} VAE")
+        decoder = torch.float32 if self.dtype is torch.float16 else self.dtype
+        self._decoder_dtype = decoder
+        self._unet.to(self.device, self.dtype).eval().requires_grad_(False)
+        self._vae.to(self.device, decoder).eval().requires_grad_(False)
+        self._flow = RAFT(raft_network(models.raft()).to(self.device)) if settings.flow == "raft" else DIS()
+        self._contexts: OrderedDict[tuple[str, bool], object] = OrderedDict()
+        self.digest = "|".join(
+            (models.digest, settings.digest(), device_kind(settings.device), f"{settings.threads} threads")
+        )
+
+    def arithmetic(self) -> contextlib.AbstractContextManager[None]:
+        """The context in which everything of this class, and of the engine, is to run."""
+        return exact_arithmetic(self.settings.threads)
+
+    def noise(self, stream: str, frame: int, shape: tuple[int, ...]) -> Tensor:
+        """Noise of a frame, float32 `shape`; `stream` as in `noise.STREAMS`."""
+        return frame_noise(self.settings.seed, stream, frame, shape)
+
+    def window(
+        self, step: int, frames: Sequence[int], latents: Sequence[Tensor], low_res: Sequence[Tensor], prompt: str
+    ) -> Tensor:
+        """The guided prediction of one window, one U-Net call of one shape.
+
+        Args:
+            step: index into the steps.
+            frames: absolute numbers of the window's frames.
+            latents: "4 h w" of each frame before `step`.
+            low_res: "3 h w" of each frame, in [-1, 1].
+            prompt: of the shot.
+
+        Returns:
+            v "t 4 h w", float32 on the CPU.
+
+        Raises:
+            NetworkError: the result is not finite, or the device ran out of memory.
+        """
+        timestep, level = self.sampler.timesteps[step], self.settings.noise_level
+        sample = torch.stack(list(latents), 1)[None]
+        clean = torch.stack(list(low_res), 1)[None]
+        noise = torch.stack([self.noise("lr", n, tuple(low_res[0].shape)) for n in frames], 1)[None]
+        noised = add_noise(self._schedule, clean, noise, level)
+        guided = self.settings.guided(timestep)
+        context = self._context(prompt, guided)
+        height, width = sample.shape[-2:]
+        cover = tiles(height, width, self.settings.tile, self.settings.tile_overlap)
+        if len(cover) == 1:
+            merged = self._predict(sample, noised, timestep, context, guided, frames)
+        else:
+            merged = torch.zeros_like(sample, dtype=torch.float32)
+            for tile, weight in zip(cover, blend_weights(cover, height, width), strict=True):
+                area = (..., *tile.crop)
+                merged[area] += weight * self._predict(sample[area], noised[area], timestep, context, guided, frames)
+        return merged[0].transpose(0, 1).contiguous()
+
+    def _predict(
+        self, sample: Tensor, low_res: Tensor, timestep: int, context: object, guided: bool, frames: Sequence[int]
+    ) -> Tensor:
+        batch = 2 if guided else 1
+        pair = [x.to(self.device, self.dtype).expand(batch, -1, -1, -1, -1) for x in (sample, low_res)]
+        label = torch.full((batch,), self.settings.noise_level, device=self.device)
+        v = self._run(self._unet, pair[0], timestep, pair[1], context, label, frames=frames).float().cpu()
+        if guided:
+            negative, positive = v.split(1)
+            v = negative + self.settings.guidance_scale * (positive - negative)
+        return v
+
+    def decode(self, frames: Sequence[int], latents: Sequence[Tensor], low_res: Sequence[Tensor]) -> Tensor:
+        """Decode one chunk: "t 3 4h 4w", float32 on the CPU in [0, 1], with the colour fix.
+
+        Args:
+            frames: absolute numbers of the chunk's frames.
+            latents: "4 h w" of each frame after the last step.
+            low_res: "3 h w" of each frame, in [-1, 1].
+        """
+        z = torch.stack(list(latents), 1)[None].float() / self._vae.config.scaling_factor
+        clean = torch.stack(list(low_res), 1)[None]
+        height, width = z.shape[-2:]
+        cover = tiles(height, width, self.settings.tile, self.settings.tile_overlap)
+        if len(cover) == 1:
+            picture = self._decode(z, clean, frames)
+        else:
+            picture = torch.zeros(len(frames), 3, 4 * height, 4 * width)
+            for tile, weight in zip(cover, blend_weights(cover, height, width), strict=True):
+                smooth = torch.nn.functional.interpolate(weight[None, None], scale_factor=4, mode="nearest")[0, 0]
+                rows, columns = (slice(4 * side.start, 4 * side.stop) for side in tile.crop)
+                crop = (..., *tile.crop)
+                picture[..., rows, columns] += smooth * self._decode(z[crop], clean[crop], frames)
+        picture = picture.clamp_(-1, 1)
+        if self.settings.color_fix != "none":
+            style = bicubic4(clean[0].transpose(0, 1).contiguous())
+            picture = (adain if self.settings.color_fix == "adain" else wavelet)(picture, style)
+        return (picture / 2 + 0.5).clamp_(0, 1)
+
+    def _decode(self, z: Tensor, low_res: Tensor, frames: Sequence[int]) -> Tensor:
+        z, low_res = z.to(self.device, self._decoder_dtype), low_res.to(self.device)
+        decoded = self._run(self._vae.decode, z, low_res, frames=frames)
+        return decoded[0].transpose(0, 1).float().cpu()
+
+    def _run(self, network, *inputs, frames: Sequence[int]) -> Tensor:
+        """Call `network` and refuse what is not finite."""
+        where = f"frames {frames[0]} to {frames[-1]}"
+        try:
+            result = network(*inputs)
+        except torch.OutOfMemoryError as error:
+            height, width = inputs[0].shape[-2:]
+            smaller = max(64, min(height, width) // 2 // 32 * 32)
+            raise NetworkError(
+                f"{self.device} has too little memory for {where} at {width}x{height}; try tile={smaller}"
+            ) from error
+        if not torch.isfinite(result).all():
+            name = str(result.dtype).removeprefix("torch.")
+            raise NetworkError(f"{where} came out not finite in {name}; try dtype='float32'")
+        return result
+
+    def flow(self, first: Tensor, second: Tensor) -> Tensor:
+        """Flows between two frames "3 h w" in [-1, 1]: "4 h w", first forward then backward (x, y), in pixels."""
+        return torch.cat([flow.float().cpu() for flow in self._flow(first, second)])
+
+    def _context(self, prompt: str, guided: bool) -> object:
+        key = (prompt, guided)
+        if key not in self._contexts:
+            texts = (self.settings.negative_prompt, prompt) if guided else (prompt,)
+            states = torch.stack([self._text.encode(text) for text in texts]).to(self.device, self.dtype)
+            self._contexts[key] = self._unet.prepare(states)
+            while len(self._contexts) > 32:
+                self._contexts.popitem(last=False)
+        self._contexts.move_to_end(key)
+        return self._contexts[key]
+
+
+_models: dict[tuple[str, str, str], Models] = {}
+_models_lock = threading.Lock()
+
+
+def shared_models(model: str | Path | None, device: str, dtype: str) -> Models:
+    """The models of a folder, loaded once in this process for each device and dtype, and shared by all clips."""
+    key = (str(Path(model).resolve()) if model is not None and Path(model).exists() else str(model), device, dtype)
+    with _models_lock:
+        if key not in _models:
+            _models[key] = load(model)
+        return _models[key]
+
+
+def unload() -> None:
+    """Let go of all weights that are shared between clips; clips in use keep theirs until they are freed."""
+    with _models_lock:
+        _models.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

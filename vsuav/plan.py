@@ -1,0 +1,278 @@
+"""Which tasks make a block of frames, and which input frames they read. Pure: no torch, no I/O, nothing is run.
+
+The value of a frame is the root of a finite graph. `latent(step, n)` is read by the windows of `step` that contain n;
+their merged predictions give `latent(step + 1, n)`; a propagation step puts a backward and a forward chain of links in
+between. A key names one value of the graph:
+
+    ("v", step, start, stop)   prediction of one window       ("latent", step, n)   latent of frame n before `step`
+    ("x0", step, n)            clean latent as predicted      ("back", step, n)     backward value of frame n
+    ("clean", step, n)         clean latent as used           ("flow", n)           flow between n and n + 1, both ways
+    ("frame", n)               decoded frame
+
+Latents before step 0 are noise and need no task. The planner goes through the steps from the last to the first,
+collects what is wanted and not there, and lists the tasks from the first step to the last.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vsuav.propagation import backward_start, forward_start
+from vsuav.shots import FORCED, REACH, Shots
+from vsuav.tiling import BLOCK, STRIDE, WINDOW, chunk_of, windows_of
+
+Key = tuple
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the planner knows of the settings: steps, how many earlier x0 the solver reads, propagation."""
+
+    steps: int
+    history: int = 0
+    propagation: frozenset[int] = frozenset()
+    radius: int = 16
+
+    @property
+    def reach(self) -> int:
+        """No frame's value depends on input frames farther away than this."""
+        return STRIDE * self.steps + WINDOW + len(self.propagation) * (self.radius + STRIDE)
+
+
+class Task(NamedTuple):
+    """One piece of work. `reads` and `makes` are keys, `sources` the input frames it reads.
+
+    Kinds: ``window`` (one U-Net call), ``flow``, ``x0``, ``backward``, ``forward``, ``step``, ``decode``.
+    `frames` are the frames it is about in rising order; a chain runs over all of them.
+    """
+
+    kind: str
+    step: int
+    frames: tuple[int, ...]
+    reads: tuple[Key, ...]
+    makes: tuple[Key, ...]
+    sources: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tasks in an order in which everything a task reads is made before it or was there."""
+
+    tasks: tuple[Task, ...]
+
+    @property
+    def sources(self) -> frozenset[int]:
+        """The input frames the tasks read."""
+        return frozenset(n for task in self.tasks for n in task.sources)
+
+    @property
+    def calls(self) -> int:
+        """U-Net window calls."""
+        return sum(task.kind == "window" for task in self.tasks)
+
+
+def evidence_span(first: int, last: int, recipe: Recipe, frames: int, forced: bool) -> range:
+    """The frames whose evidence can matter for the frames `first` … `last`."""
+    reach = recipe.reach + REACH + (FORCED if forced else 0)
+    return range(max(0, first - reach), min(frames, last + reach + 1))
+
+
+def plan_block(block: int, recipe: Recipe, shots: Shots, have: Callable[[Key], bool]) -> Plan:
+    """The tasks that make the decoded frames of `block`, given what is there.
+
+    Args:
+        have: whether the value of a key is there; asked at most once a key.
+    """
+    chunks = []
+    for n in range(block * BLOCK, min((block + 1) * BLOCK, shots.frames)):
+        chunk = chunk_of(n, *shots.shot(n))
+        if not chunks or chunks[-1] != chunk:
+            chunks.append(chunk)
+    wanted = {n for chunk in chunks for n in range(chunk.start, chunk.stop)}
+    decodes = []
+    for chunk in chunks:
+        span = tuple(range(chunk.start, chunk.stop))
+        reads = tuple(("latent", recipe.steps, n) for n in span)
+        makes = tuple(("frame", n) for n in range(chunk.start, chunk.keep))
+        decodes.append(Task("decode", recipe.steps, span, reads, makes, span))
+    return Plan((*plan_latents(wanted, recipe, shots, have).tasks, *decodes))
+
+
+def plan_latents(wanted: Iterable[int], recipe: Recipe, shots: Shots, have: Callable[[Key], bool]) -> Plan:
+    """The tasks that make the final latents of the frames `wanted`."""
+    levels = []
+    latents = set(wanted)
+    cleans: dict[int, set[int]] = defaultdict(set)
+    flows: set[int] = set()
+    for step in reversed(range(recipe.steps)):
+        level = _Level(step, recipe, shots, have)
+        latents = level.demand(latents, cleans, flows)
+        levels.append(level.tasks)
+    flow_tasks = [Task("flow", 0, (n, n + 1), (), (("flow", n),), (n, n + 1)) for n in sorted(flows)]
+    return Plan((*flow_tasks, *(task for level in reversed(levels) for task in level)))
+
+
+class _Level:
+    """The tasks of one step."""
+
+    def __init__(self, step: int, recipe: Recipe, shots: Shots, have: Callable[[Key], bool]):
+        self.step, self.recipe, self.shots, self.have = step, recipe, shots, have
+        self.tasks: list[Task] = []
+        self._spans: dict[int, list[tuple[int, int]]] = {}
+
+    def demand(self, latents: set[int], cleans: dict[int, set[int]], flows: set[int]) -> set[int]:
+        """Plan this step for the frames whose next latent is wanted; return those whose latent it reads.
+
+        `cleans` maps steps to the frames whose clean latent a later step reads; `flows` collects flow pairs.
+        """
+        step, recipe = self.step, self.recipe
+        stepping = {n for n in latents if not self.have(("latent", step + 1, n))}
+        cleaning = {n for n in cleans.pop(step, ()) if not self.have(("clean", step, n))}
+        chains: list[Task] = []
+        raw: set[int] = set()
+        if step in recipe.propagation:
+            cleaning |= {n for n in stepping - cleaning if not self.have(("clean", step, n))}
+            chains, raw = self._chains(cleaning, flows)
+        else:
+            stepping |= cleaning
+        for earlier in range(max(0, step - recipe.history), step):
+            cleans[earlier] |= stepping
+        windows = self._windows(stepping | raw)
+        self.tasks += windows
+        self.tasks += [
+            Task("x0", step, (n,), self._prediction(n), (("x0", step, n),)) for n in sorted(raw)
+        ]
+        self.tasks += chains
+        self.tasks += [self._step(n) for n in sorted(stepping)]
+        return stepping | raw | {n for task in windows for n in task.frames}
+
+    def _spans_of(self, n: int) -> list[tuple[int, int]]:
+        if n not in self._spans:
+            self._spans[n] = windows_of(n, *self.shots.shot(n))
+        return self._spans[n]
+
+    def _windows(self, frames: set[int]) -> list[Task]:
+        spans = sorted({span for n in frames for span in self._spans_of(n)})
+        tasks = []
+        for start, stop in spans:
+            key = ("v", self.step, start, stop)
+            if not self.have(key):
+                span = tuple(range(start, stop))
+                tasks.append(Task("window", self.step, span, self._latents(span), (key,), span))
+        return tasks
+
+    def _latents(self, frames: Iterable[int]) -> tuple[Key, ...]:
+        return tuple(("latent", self.step, n) for n in frames) if self.step else ()
+
+    def _prediction(self, n: int) -> tuple[Key, ...]:
+        """What a prediction of frame n reads: its latent, then its windows in the order of the merge."""
+        return (*self._latents((n,)), *(("v", self.step, *span) for span in self._spans_of(n)))
+
+    def _step(self, n: int) -> Task:
+        step, recipe = self.step, self.recipe
+        reads = self._prediction(n)
+        makes: tuple[Key, ...] = (("latent", step + 1, n),)
+        if step in recipe.propagation:
+            reads += (("clean", step, n),)
+        elif recipe.history and step + 1 < recipe.steps:
+            makes += (("clean", step, n),)
+        reads += tuple(("clean", earlier, n) for earlier in range(step - 1, max(-1, step - 1 - recipe.history), -1))
+        return Task("step", step, (n,), reads, makes)
+
+    def _chains(self, cleaning: set[int], flows: set[int]) -> tuple[list[Task], set[int]]:
+        """Forward chains that make the clean latents of `cleaning`, and the backward chains they read."""
+        step, radius = self.step, self.recipe.radius
+        ends: dict[int, int] = {}
+        for n in cleaning:
+            start = forward_start(n, radius, self.shots.clamp(n, n - radius - STRIDE))
+            ends[start] = max(n, ends.get(start, n))
+        backs = {n for start, end in ends.items() for n in range(start, end + 1)}
+        backs = {n for n in backs if not self.have(("back", step, n))}
+        starts: dict[int, int] = {}
+        for n in backs:
+            last = backward_start(n, radius, self.shots.clamp(n, n + radius + STRIDE) + 1)
+            starts[last] = min(n, starts.get(last, n))
+        tasks = [self._chain("backward", first, last, backs) for last, first in sorted(starts.items())]
+        tasks += [self._chain("forward", first, last, cleaning) for first, last in sorted(ends.items())]
+        raw = {n for task in tasks if task.kind == "backward" for n in task.frames}
+        links = {n for task in tasks for n in task.frames[:-1]}
+        flows |= {n for n in links - flows if not self.have(("flow", n))}
+        return tasks, {n for n in raw if not self.have(("x0", step, n))}
+
+    def _chain(self, kind: str, first: int, last: int, wanted: set[int]) -> Task:
+        """One chain over the frames `first` … `last`; it makes those of `wanted` that share its starting point."""
+        radius, shots = self.recipe.radius, self.shots
+        frames = tuple(range(first, last + 1))
+        if kind == "backward":
+            reads, makes = "x0", "back"
+            mine = [n for n in frames if backward_start(n, radius, shots.clamp(n, n + radius + STRIDE) + 1) == last]
+        else:
+            reads, makes = "back", "clean"
+            mine = [n for n in frames if forward_start(n, radius, shots.clamp(n, n - radius - STRIDE)) == first]
+        keys = (*((reads, self.step, n) for n in frames), *(("flow", n) for n in frames[:-1]))
+        return Task(kind, self.step, frames, keys, tuple((makes, self.step, n) for n in mine if n in wanted))
+
+
+def cone(frame: int, recipe: Recipe, shots: Shots) -> tuple[int, int]:
+    """``(first, last)`` input frame that the final latent of `frame` depends on."""
+    first = last = frame
+    for step in reversed(range(recipe.steps)):
+        if step in recipe.propagation:
+            first = forward_start(first, recipe.radius, shots.clamp(first, first - recipe.radius - STRIDE))
+            last = backward_start(last, recipe.radius, shots.clamp(last, last + recipe.radius + STRIDE) + 1)
+        first = min(start for start, _ in windows_of(first, *shots.shot(first)))
+        last = max(stop for _, stop in windows_of(last, *shots.shot(last))) - 1
+    return first, last
+
+
+class _Ledger:
+    """A stand-in for a store with no limit that remembers how far apart in bytes the uses of a key lie."""
+
+    def __init__(self, size: Callable[[Key], int]):
+        self._size = size
+        self._order: dict[Key, None] = {}
+        self.distance = 0
+        self.counting = False
+
+    def use(self, key: Key) -> None:
+        if key in self._order and self.counting:
+            newer = 0
+            for other in reversed(self._order):
+                newer += self._size(other)
+                if other == key:
+                    break
+            self.distance = max(self.distance, newer)
+        self._order.pop(key, None)
+        self._order[key] = None
+
+    def have(self, key: Key) -> bool:
+        if key not in self._order:
+            return False
+        self.use(key)
+        return True
+
+
+def working_set(recipe: Recipe, latent_bytes: int, flow_bytes: int) -> int:
+    """Bytes that a least-recently-used store must hold so that a linear pass computes nothing twice.
+
+    Args:
+        latent_bytes: of one latent of one frame.
+        flow_bytes: of one flow pair.
+    """
+
+    def size(key: Key) -> int:
+        if key[0] == "v":
+            return latent_bytes * (key[3] - key[2])
+        return flow_bytes if key[0] == "flow" else latent_bytes
+
+    lead = -(-recipe.reach // BLOCK) + 2
+    shots = Shots((lead + 2) * BLOCK + 2 * recipe.reach)
+    ledger = _Ledger(size)
+    for block in range(lead + 2):
+        ledger.counting = block >= lead
+        for task in plan_block(block, recipe, shots, ledger.have).tasks:
+            if task.kind != "decode":
+                for key in task.makes:
+                    ledger.use(key)
+    return ledger.distance

@@ -1,0 +1,232 @@
+"""What can be set: one frozen dataclass, the check of every value, presets, and the digest that keys stored latents."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+MAX_NOISE_LEVEL = 350
+SOLVERS = ("ddim", "dpm++2m", "unipc")
+SPACINGS = ("leading", "trailing")
+FLOWS = ("auto", "dis", "raft")
+COLOR_FIXES = ("none", "adain", "wavelet")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "reference": {
+        "steps": 30, "solver": "ddim", "spacing": "leading", "guidance_scale": 6.0, "guidance_interval": (0.0, 1.0),
+        "propagation_steps": (24, 26, 28), "color_fix": "none",
+    },
+    "balanced": {
+        "steps": 15, "solver": "dpm++2m", "spacing": "trailing", "guidance_scale": 6.0,
+        "guidance_interval": (0.2, 1.0), "propagation_steps": (11, 13),
+    },
+    "fast": {
+        "steps": 8, "solver": "dpm++2m", "spacing": "trailing", "guidance_scale": 5.0,
+        "guidance_interval": (0.3, 1.0), "propagation_steps": (6,),
+    },
+    "preview": {
+        "steps": 4, "solver": "dpm++2m", "spacing": "trailing", "guidance_scale": 1.0,
+        "guidance_interval": (0.0, 1.0), "propagation_steps": (),
+    },
+}  # fmt: skip
+"""Values a preset gives to what the caller left at None. A model may bring presets of its own under the same names."""
+
+FALLBACK: dict[str, Any] = {
+    "prompt": "", "negative_prompt": "", "preset": "balanced", "noise_level": 120, "video_vae": True,
+    "color_fix": "wavelet", "spacing": None, "guidance_interval": (0.0, 1.0), "solver": "ddim",
+    "guidance_scale": 1.0, "propagation_steps": (),
+}  # fmt: skip
+
+NOT_IN_DIGEST = frozenset({"prompts", "device", "threads"})
+"""Prompts are keyed shot by shot; device and threads are resolved and keyed with the networks."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a pixel besides the clip and the weights, with nothing left open.
+
+    `prompts` are (first frame, prompt) in rising order from frame 0; `propagation_steps` are indices into the steps;
+    `guidance_interval` bounds timestep/1000; `tile` is (width, height) in input pixels, 0 for the whole axis.
+    """
+
+    prompts: tuple[tuple[int, str], ...] = ((0, ""),)
+    negative_prompt: str = ""
+    steps: int = 30
+    solver: str = "ddim"
+    spacing: str | None = None
+    guidance_scale: float = 6.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    noise_level: int = 120
+    propagation_steps: tuple[int, ...] = ()
+    propagation_radius: int = 16
+    flow: str = "dis"
+    video_vae: bool = True
+    color_fix: str = "none"
+    scene_detect: bool = True
+    scene_threshold: float = 0.1
+    max_shot: int | None = None
+    tile: tuple[int, int] = (0, 0)
+    tile_overlap: int = 16
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 1
+
+    def digest(self) -> str:
+        """Hexadecimal digest of the fields that decide a latent, the same in every process."""
+        values = {name: value for name, value in asdict(self).items() if name not in NOT_IN_DIGEST}
+        return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def prompt_at(self, frame: int) -> str:
+        """The prompt given for `frame` (a frame property may override it)."""
+        return next(prompt for first, prompt in reversed(self.prompts) if first <= frame)
+
+    def guided(self, timestep: int) -> bool:
+        """Whether classifier-free guidance acts at `timestep` of 1000."""
+        low, high = self.guidance_interval
+        return self.guidance_scale > 1 and low <= timestep / 1000 <= high
+
+
+def resolve(given: Mapping[str, Any], defaults: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> Settings:
+    """Fill what `given` leaves at None from the preset, then the model's defaults, then `FALLBACK`; check every value.
+
+    Args:
+        given: the caller's values by the names of `upscale`'s parameters; None = not given.
+        defaults: of the model, by the same names (may name its `preset`).
+        presets: of the model; they replace those of `PRESETS` with the same name.
+
+    Raises:
+        ValueError: one line that names the parameter, the value, and what would work.
+    """
+    known = {**PRESETS, **presets}
+    preset = given.get("preset") or defaults.get("preset") or FALLBACK["preset"]
+    if preset not in known:
+        raise ValueError(f"preset must be one of {', '.join(known)}, got {preset!r}")
+    values = {**FALLBACK, **defaults, **known[preset]}
+    values.update({name: value for name, value in given.items() if value is not None})
+    values["prompts"] = _prompts(values.pop("prompt"))
+    allowed = {field.name for field in fields(Settings)}
+    return check(Settings(**{name: _plain(value) for name, value in values.items() if name in allowed}))
+
+
+def check(settings: Settings) -> Settings:
+    """Return `settings` with numbers in their proper types, or raise ValueError naming the first bad value."""
+    s = settings
+    _require(isinstance(s.negative_prompt, str), "negative_prompt must be a string", s.negative_prompt)
+    values: dict[str, Any] = {
+        "steps": _integer("steps", s.steps, 1, 1000),
+        "solver": _choice("solver", s.solver, SOLVERS),
+        "spacing": None if s.spacing is None else _choice("spacing", s.spacing, SPACINGS),
+        "guidance_scale": _real("guidance_scale", s.guidance_scale, 0, 100),
+        "noise_level": _integer("noise_level", s.noise_level, 0, MAX_NOISE_LEVEL),
+        "propagation_radius": _integer("propagation_radius", s.propagation_radius, 1, 1000),
+        "flow": _choice("flow", s.flow, FLOWS),
+        "color_fix": _choice("color_fix", s.color_fix, COLOR_FIXES),
+        "scene_threshold": _real("scene_threshold", s.scene_threshold, 0, 1),
+        "tile_overlap": _integer("tile_overlap", s.tile_overlap, 0, 4096),
+        "seed": _integer("seed", s.seed, 0, 2**64 - 1),
+        "dtype": _choice("dtype", s.dtype, DTYPES),
+        "threads": _integer("threads", s.threads, 1, 1024),
+        "video_vae": _boolean("video_vae", s.video_vae),
+        "scene_detect": _boolean("scene_detect", s.scene_detect),
+    }
+    interval = s.guidance_interval
+    _require(
+        isinstance(interval, tuple) and len(interval) == 2 and all(_is_real(v) for v in interval)
+        and 0 <= interval[0] <= interval[1] <= 1,
+        "guidance_interval must be (low, high) with 0 <= low <= high <= 1", interval,
+    )  # fmt: skip
+    values["guidance_interval"] = (float(interval[0]), float(interval[1]))
+    indices = s.propagation_steps
+    _require(isinstance(indices, tuple), "propagation_steps must be a list of step indices", indices)
+    values["propagation_steps"] = tuple(
+        sorted({_integer("propagation_steps", index, 0, values["steps"] - 1, "each of ") for index in indices})
+    )
+    if s.max_shot is not None:
+        shot = _integer("max_shot", s.max_shot, 24, 10**9)
+        _require(shot % 6 == 0, "max_shot must be a multiple of 6, at least 24", shot)
+        values["max_shot"] = shot
+    _require(
+        isinstance(s.tile, tuple) and len(s.tile) == 2
+        and all(isinstance(v, int) and (v == 0 or v >= 32) for v in s.tile),
+        "tile must be 'auto', 0, or (width, height) in input pixels of at least 32", s.tile,
+    )  # fmt: skip
+    _require(
+        all(v == 0 or v > 2 * s.tile_overlap for v in s.tile),
+        f"tile must be larger than twice tile_overlap={s.tile_overlap}", s.tile,
+    )  # fmt: skip
+    return Settings(**{**{field.name: getattr(s, field.name) for field in fields(Settings)}, **values})
+
+
+def auto_threads(threads: int | str) -> int:
+    """The thread count: as given, or for ``"auto"`` the number of CPU cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if threads == "auto" else threads
+
+
+def auto_tile(tile: Any, width: int, height: int, device: str) -> tuple[int, int]:
+    """Tile size in input pixels: as given, or from a fixed table of the device class and the frame size.
+
+    On a GPU frames of more than 512x512 input pixels are cut, on a CPU frames of more than 1024x1024.
+    """
+    if tile == "auto":
+        side = 1024 if device == "cpu" else 512
+        return (0, 0) if width * height <= side * side else (min(side, width), min(side, height))
+    if isinstance(tile, int) and not isinstance(tile, bool):
+        return tile, tile
+    return _plain(tile)
+
+
+def _prompts(prompt: Any) -> tuple[tuple[int, str], ...]:
+    if isinstance(prompt, str):
+        return ((0, prompt),)
+    wanted = "prompt must be a string or a list of (first frame, prompt)"
+    _require(isinstance(prompt, Sequence) and len(prompt) > 0, wanted, prompt)
+    for item in prompt:
+        _require(
+            isinstance(item, Sequence) and not isinstance(item, str) and len(item) == 2
+            and isinstance(item[0], int) and item[0] >= 0 and isinstance(item[1], str),
+            wanted, item,
+        )  # fmt: skip
+    firsts = [item[0] for item in prompt]
+    _require(firsts == sorted(set(firsts)), "prompt must list rising first frames", firsts)
+    rows = tuple((first, text) for first, text in prompt)
+    return rows if firsts[0] == 0 else ((0, rows[0][1]), *rows[1:])
+
+
+def _plain(value: Any) -> Any:
+    """Lists become tuples, so that the settings are hashable."""
+    return tuple(_plain(item) for item in value) if isinstance(value, list | tuple | range | set) else value
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require(condition: bool, wanted: str, got: Any) -> None:
+    if not condition:
+        raise ValueError(f"{wanted}, got {got!r}")
+
+
+def _integer(name: str, value: Any, low: int, high: int, prefix: str = "") -> int:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    _require(whole and low <= value <= high, f"{prefix}{name} must be between {low} and {high}", value)
+    return value
+
+
+def _real(name: str, value: Any, low: float, high: float) -> float:
+    _require(_is_real(value) and low <= value <= high, f"{name} must be between {low} and {high}", value)
+    return float(value)
+
+
+def _choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    _require(isinstance(value, str) and value in choices, f"{name} must be one of {', '.join(choices)}", value)
+    return value
+
+
+def _boolean(name: str, value: Any) -> bool:
+    _require(isinstance(value, bool), f"{name} must be True or False", value)
+    return value
