@@ -63,7 +63,9 @@ def follow(messages, progress: Progress) -> list[str]:
         for line in (line.decode(errors="replace") for line in lines if line):
             if count := re.match(r"Frame: (\d+)/(\d+)", line):
                 progress.show(int(count[1]), int(count[2]))
-            elif not re.match(r"Script evaluation done|Output \d+ frames|Information: VideoSource track", line):
+            elif count := re.match(r"Output (\d+) frames", line):
+                progress.show(int(count[1]), int(count[1]))
+            elif not re.match(r"Script evaluation done|Information: VideoSource track", line):
                 said.append(line)
                 print(f"  {line}", file=sys.stderr, flush=True)
     return said
@@ -99,7 +101,7 @@ def guessed_matrix(height: int) -> int:
 
 
 def colour_tags(source: Path) -> str:
-    """A filter that tags frames as `source` is tagged (y4m carries no colour tags), or with what restore.vpy assumed."""
+    """A filter that tags frames as `source` is tagged (y4m has no such tags), or with what restore.vpy assumed."""
     with av.open(str(source)) as container:
         codec = container.streams.video[0].codec_context
         matrix, primaries, transfer, full = (
