@@ -24,7 +24,7 @@ DOORS = {
     "distributed": {"cluster"},
     "transformers": {"text"},
     "tokenizers": {"text"},
-    "cv2": {"flow"},
+    "cv2": {"flow", "networks"},
     "torchvision": {"flow"},
     "typer": COMMAND_LINE,
     "click": COMMAND_LINE,
