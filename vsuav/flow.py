@@ -17,6 +17,9 @@ from torchvision.models.optical_flow import raft_large
 
 SMALLEST = 128  # shortest side both estimators see: below, RAFT's coarsest correlation level is a single cell
 
+LIBRARY = f"opencv {cv2.__version__}"
+"""What DIS flow comes from: its last bits may differ between versions."""
+
 _one_opencv_thread = threading.Lock()
 
 

@@ -12,13 +12,12 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import cv2
 import torch
 from torch import Tensor
 
 from vsuav.checkpoint import Models, load
 from vsuav.color import adain, bicubic4, wavelet
-from vsuav.flow import DIS, RAFT, raft_network
+from vsuav.flow import DIS, LIBRARY, RAFT
 from vsuav.noise import frame_noise
 from vsuav.plan import Recipe
 from vsuav.schedule import Sampler, add_noise
@@ -57,13 +56,18 @@ def auto_dtype(dtype: str, device: str) -> str:
     return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
 
 
+def decoder_dtype(dtype: str) -> torch.dtype:
+    """What the VAE runs in: float32 where the U-Net runs in float16, whose range the released VAEs leave."""
+    return torch.float32 if dtype == "float16" else TORCH_DTYPES[dtype]
+
+
 def device_kind(device: str) -> str:
     """The kind of device and the versions of the libraries, as far as they decide the last bit of a result."""
     if device == "cpu":
         kind = f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     else:
         kind = f"cuda {torch.cuda.get_device_name(device)} {torch.version.cuda}"
-    return f"{kind} torch {torch.__version__} opencv {cv2.__version__}"
+    return f"{kind} torch {torch.__version__} {LIBRARY}"
 
 
 @contextlib.contextmanager
@@ -90,8 +94,12 @@ class Networks:
     """`models` on the device and in the dtype of `settings`, for one clip.
 
     Args:
-        models: from `checkpoint.load`; moved and cast in place.
+        models: from `shared_models` for the device and dtype of `settings`; moved to the device.
         settings: with device and dtype resolved.
+
+    Raises:
+        ValueError: the model has not the kind of VAE the settings ask for.
+        ModelError: the model has no flow weights although the settings ask for them.
     """
 
     def __init__(self, models: Models, settings: Settings):
@@ -111,15 +119,19 @@ class Networks:
         if self._vae is None:
             has = "video" if models.video_vae is not None else "image"
             raise ValueError(f"video_vae must be {not settings.video_vae} for this model: it has only the {has} VAE")
-        decoder = torch.float32 if self.dtype is torch.float16 else self.dtype
-        self._decoder_dtype = decoder
-        self._unet.to(self.device, self.dtype).eval().requires_grad_(False)
-        self._vae.to(self.device, decoder).eval().requires_grad_(False)
-        self._flow = RAFT(raft_network(models.raft()).to(self.device)) if settings.flow == "raft" else DIS()
+        self._decoder_dtype = decoder_dtype(settings.dtype)
+        self._unet.to(self.device)
+        self._vae.to(self.device)
+        self._flow = RAFT(models.raft_network().to(self.device)) if settings.flow == "raft" else DIS()
         self._contexts: OrderedDict[tuple[str, bool], object] = OrderedDict()
         self.digest = "|".join(
             (models.digest, settings.digest(), device_kind(settings.device), f"{settings.threads} threads")
         )
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode the prompts and the negative prompt, so that one that cannot be encoded is an error now."""
+        for prompt in (*prompts, self.settings.negative_prompt):
+            self._text.encode(prompt)
 
     def arithmetic(self) -> contextlib.AbstractContextManager[None]:
         """The context in which everything of this class, and of the engine, is to run."""
@@ -250,7 +262,7 @@ def shared_models(model: str | Path | None, device: str, dtype: str) -> Models:
     key = (str(Path(model).resolve()) if model is not None and Path(model).exists() else str(model), device, dtype)
     with _models_lock:
         if key not in _models:
-            _models[key] = load(model)
+            _models[key] = load(model, TORCH_DTYPES[dtype], decoder_dtype(dtype))
         return _models[key]
 
 

@@ -91,7 +91,9 @@ class Settings:
         return self.guidance_scale > 1 and low <= timestep / 1000 <= high
 
 
-def resolve(given: Mapping[str, Any], defaults: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> Settings:
+def resolve(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]
+) -> Settings:
     """Fill what `given` leaves at None from the preset, then the model's defaults, then `FALLBACK`; check every value.
 
     Args:

@@ -1,0 +1,141 @@
+"""VapourSynth clips and frames ↔ tensors: formats, matrices, ranges, frame properties."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import vapoursynth as vs
+from torch import Tensor
+
+UNSPECIFIED = 2
+BT709 = 1
+HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
+FIELD_ORDERS = {1: "bottom field first", 2: "top field first"}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How the pixels of a clip are to be read: format, matrix code (None for RGB and GRAY), full or limited range."""
+
+    format: vs.VideoFormat
+    matrix: int | None
+    full_range: bool
+
+    @property
+    def range(self) -> int:
+        """The range as the resizers name it."""
+        return int(vs.RANGE_FULL if self.full_range else vs.RANGE_LIMITED)
+
+
+def inspect(clip: vs.VideoNode) -> Look:
+    """Check that `clip` can be restored, from its description and its first frame.
+
+    Raises:
+        ValueError: one line with what is wrong and what would mend it.
+    """
+    if not isinstance(clip, vs.VideoNode):
+        raise ValueError(f"clip must be a VapourSynth video clip, got {type(clip).__name__}")
+    if not clip.format or clip.format.id == 0:
+        raise ValueError("clip must have one constant format, got a variable one; convert it with resize first")
+    if clip.width == 0 or clip.height == 0:
+        raise ValueError("clip must have one constant size, got a variable one; resize or split it first")
+    first = download(clip).get_frame(0).props
+    field = int(first.get("_FieldBased", 0))
+    if field in FIELD_ORDERS:
+        raise ValueError(
+            f"clip must be progressive, got _FieldBased={field} ({FIELD_ORDERS[field]}); deinterlace it first, "
+            "or, if the flag is wrong, clip.std.SetFieldBased(0)"
+        )
+    transfer = int(first.get("_Transfer", UNSPECIFIED))
+    if transfer in HDR_TRANSFERS:
+        raise ValueError(
+            f"clip must be standard dynamic range, got _Transfer={transfer} ({HDR_TRANSFERS[transfer]}); "
+            "tone-map it to BT.709 first"
+        )
+    matrix = None
+    if clip.format.color_family == vs.YUV:
+        matrix = int(first.get("_Matrix", UNSPECIFIED))
+        if matrix in (0, UNSPECIFIED):
+            raise ValueError(
+                f"a YUV clip needs to say its matrix, got _Matrix={first.get('_Matrix')}; set it with "
+                "clip.std.SetFrameProps(_Matrix=1) for BT.709 (HD) or _Matrix=6 for BT.601 (SD)"
+            )
+    named = first.get("_Range", first.get("_ColorRange"))
+    if named is None:
+        full = clip.format.color_family == vs.RGB
+    else:
+        full = int(named) == (vs.RANGE_FULL if "_Range" in first else 0)
+    return Look(clip.format, matrix, full)
+
+
+def download(clip: vs.VideoNode) -> vs.VideoNode:
+    """`clip` with its frames in main memory."""
+    return vs.core.std.GPUDownload(clip) if getattr(clip, "gpu_resident", False) else clip
+
+
+def to_rgb(clip: vs.VideoNode, look: Look) -> vs.VideoNode:
+    """`clip` as RGBS in full range, 0…1."""
+    clip = download(clip)
+    if clip.format.color_family == vs.GRAY:
+        gray = clip.resize.Point(format=vs.GRAYS, range_in=look.range, range=int(vs.RANGE_FULL))
+        return vs.core.std.ShufflePlanes(gray, [0, 0, 0], vs.RGB).std.SetFrameProps(_Matrix=0)
+    matrix = {} if look.matrix is None else {"matrix_in": look.matrix}
+    return clip.resize.Bicubic(format=vs.RGBS, range_in=look.range, range=int(vs.RANGE_FULL), **matrix)
+
+
+def luma(rgb: vs.VideoNode) -> vs.VideoNode:
+    """GRAYS luma of an RGBS clip."""
+    return rgb.resize.Point(format=vs.GRAYS, matrix=BT709)
+
+
+def give_back(rgb: vs.VideoNode, source: vs.VideoNode, look: Look, width: int, height: int) -> vs.VideoNode:
+    """A full-range RGBS clip in the format of `look`, in the size asked for, with the frame properties of `source`.
+
+    A change of size is a Spline36 downscale in RGB; integer formats are dithered by error diffusion.
+    """
+    if (rgb.width, rgb.height) != (width, height):
+        rgb = rgb.resize.Spline36(width=width, height=height)
+    target = look.format
+    dither = {"dither_type": "error_diffusion"} if target.sample_type == vs.INTEGER else {}
+    if target.color_family == vs.GRAY:
+        full = luma(rgb)
+        result = full.resize.Point(format=target.id, range_in=int(vs.RANGE_FULL), range=look.range, **dither)
+    else:
+        matrix = {} if look.matrix is None else {"matrix": look.matrix}
+        result = rgb.resize.Bicubic(format=target.id, range_in=int(vs.RANGE_FULL), range=look.range, **matrix, **dither)
+    return vs.core.std.CopyFrameProps(result, download(source)).std.SetFrameProps(**described(source, look))
+
+
+def described(source: vs.VideoNode, look: Look) -> dict[str, int]:
+    """Properties the result states although the source's first frame leaves them open."""
+    first = download(source).get_frame(0).props
+    props = {"_FieldBased": 0}
+    if look.format.color_family == vs.RGB:
+        props["_Matrix"] = 0
+    for name in ("_Transfer", "_Primaries"):
+        if int(first.get(name, UNSPECIFIED)) == UNSPECIFIED:
+            props[name] = BT709
+    return props
+
+
+def to_tensor(frame: vs.VideoFrame) -> Tensor:
+    """An RGBS frame as "3 h w", float32 in [-1, 1] (0…1 in the frame), owning its memory."""
+    planes = np.stack([np.asarray(frame[plane]) for plane in range(3)])
+    return torch.from_numpy((planes - np.float32(0.5)) * np.float32(2))
+
+
+def to_frame(picture: Tensor, template: vs.VideoFrame) -> vs.VideoFrame:
+    """A picture "3 h w", float32 in [0, 1], as an RGBS frame of the size and with the properties of `template`."""
+    frame = template.copy()
+    for plane in range(3):
+        np.copyto(np.asarray(frame[plane]), picture[plane].numpy())
+    return frame
+
+
+def text_prop(props: Mapping, name: str) -> str | None:
+    """A frame property as text, None if it is not there."""
+    value = props.get(name)
+    if value is None:
+        return None
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

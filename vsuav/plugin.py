@@ -1,0 +1,393 @@
+"""`upscale(clip, …)`: what a script calls.
+
+Frames are served in blocks of six on the absolute grid. For block k, native nodes run in this order:
+
+    evidence  reads the records (cut? prompt? digest?) of the frames that can matter, as far as they are not known
+    block     plans what is to be computed, reads exactly the input frames it needs, computes on the worker of the device;
+              its one frame carries the six results as frame properties
+    again     the same over all frames that can matter, if the store lost something between planning and computing
+
+No callback ever waits for a frame: everything a callback reads is an input of its node.
+"""
+
+import functools
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import vapoursynth as vs
+from torch import Tensor
+
+from vsuav import frames
+from vsuav.disk import Disk
+from vsuav.engine import Engine, Missing
+from vsuav.networks import NetworkError, Networks, auto_device, auto_dtype, shared_models
+from vsuav.plan import evidence_span
+from vsuav.settings import Settings, auto_threads, auto_tile, resolve
+from vsuav.shots import Record, Records, Shots
+from vsuav.store import Store
+from vsuav.tiling import BLOCK
+
+LINK = 32
+"""Most input frames one node holds at a time."""
+KEPT_BLOCKS = 3
+"""Blocks of results VapourSynth keeps."""
+PROMPT = "_UAVPrompt"
+"""Frame property that overrides the prompt of a frame."""
+
+
+def upscale(
+    clip: vs.VideoNode,
+    model: str | Path | None = None,
+    prompt: str | Sequence[tuple[int, str]] | None = None,
+    negative_prompt: str | None = None,
+    preset: str | None = None,
+    steps: int | None = None,
+    solver: str | None = None,
+    guidance_scale: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    noise_level: int | None = None,
+    propagation_steps: Sequence[int] | None = None,
+    propagation_radius: int = 16,
+    flow: str = "auto",
+    video_vae: bool | None = None,
+    color_fix: str | None = None,
+    scale: float = 4,
+    width: int | None = None,
+    height: int | None = None,
+    scene_detect: bool = True,
+    scene_threshold: float = 0.1,
+    max_shot: int | None = None,
+    tile: str | int | tuple[int, int] = "auto",
+    tile_overlap: int = 16,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | str = "auto",
+    cache_mib: int = 1024,
+    cache_dir: str | Path | None = None,
+    cache_dir_mib: int = 20480,
+) -> vs.VideoNode:
+    """Restore `clip` and enlarge it 4x by temporal diffusion. Any frame may be asked for at any time.
+
+    A frame's value depends on the clip, the arguments, the weights, the device and the dtype, and on nothing else: not
+    on what was asked for before, nor on caches, threads of VapourSynth, or restarts.
+
+    Args:
+        clip: any constant format and size, progressive, standard dynamic range. YUV needs `_Matrix`.
+        model: folder of a model, or a hub id; None is the bundled model.
+        prompt: what the video shows; one text, or a list of (first frame, text), each of which starts a shot. The
+            frame property `_UAVPrompt` wins. None: the model's own.
+        negative_prompt: what it should not look like; acts where guidance does.
+        preset: `reference`, `balanced`, `fast` or `preview`; sets what is None below.
+        steps: sampling steps, 1…1000. A frame costs about this many U-Net calls on 8 frames, every 6 frames.
+        solver: `ddim`, `dpm++2m` or `unipc`.
+        guidance_scale: of classifier-free guidance; 1 or less is off and halves the time.
+        guidance_interval: (low, high) of timestep/1000 between which guidance acts.
+        noise_level: 0…350; low keeps to the input, high invents detail.
+        propagation_steps: step indices after which latents are propagated along the optical flow.
+        propagation_radius: frames a chain of propagation reaches at least.
+        flow: `raft` (needs weights in the model folder), `dis`, or `auto`.
+        video_vae: decode with the video decoder (False: the image decoder).
+        color_fix: `none`, `adain` or `wavelet`: brings colours back to the input's.
+        scale: 1…4; below 4 the result is downscaled.
+        width, height: size of the result instead of `scale`; one of them keeps the shape of the picture.
+        scene_detect: False takes the clip as one shot (prompts and `max_shot` still cut).
+        scene_threshold: luma difference of a cut, 0…1, where no `_SceneChangePrev`/`_SceneChangeNext` is set.
+        max_shot: cut at its multiples (a multiple of 6, at least 24): cheaper seeks, other pixels.
+        tile: (width, height) in input pixels of the pieces a network sees, 0 for whole frames, or `auto`.
+        tile_overlap: input pixels neighbouring tiles share.
+        seed: of the noise.
+        device: `cpu`, `cuda`, `cuda:N`, or `auto`.
+        dtype: `float32`, `bfloat16`, `float16` or `auto`.
+        threads: CPU threads of the networks, or `auto`.
+        cache_mib: memory for latents, in MiB; changes speed, never pixels.
+        cache_dir: folder in which final latents outlive the process.
+        cache_dir_mib: most MiB in it.
+
+    Returns:
+        A clip of the same length, rate and format, with the frame properties of `clip`.
+
+    Raises:
+        vs.Error: an argument or the clip cannot be used; one line that says what would work.
+    """
+    given = {name: value for name, value in locals().items() if name != "clip"}
+    try:
+        return _upscale(clip, given)
+    except (ValueError, TypeError, OSError, NetworkError) as error:
+        raise vs.Error("upscale: " + " ".join(str(error).split())) from error
+
+
+def _upscale(clip: vs.VideoNode, given: dict[str, Any]) -> vs.VideoNode:
+    look = frames.inspect(clip)
+    size = _size(clip, look, given)
+    budget, disk_budget = (_mebibytes(name, given[name]) for name in ("cache_mib", "cache_dir_mib"))
+    device = auto_device(given["device"])
+    dtype = auto_dtype(given["dtype"], device)
+    resolved = {
+        "device": device, "dtype": dtype, "threads": auto_threads(given["threads"]),
+        "tile": auto_tile(given["tile"], clip.width, clip.height, device),
+    }  # fmt: skip
+    resolve({**given, **resolved}, {}, {})
+    models = shared_models(given["model"], device, dtype)
+    if given["flow"] == "auto":
+        resolved["flow"] = "raft" if models.raft is not None and device != "cpu" else "dis"
+    settings = resolve({**given, **resolved}, models.defaults, models.presets)
+    networks = Networks(models, settings)
+    networks.check_prompts([text for _, text in settings.prompts])
+    restorer = Restorer(clip, look, networks, budget, given["cache_dir"], disk_budget)
+    return frames.give_back(restorer.clip(), clip, look, *size)
+
+
+def _size(clip: vs.VideoNode, look: frames.Look, given: dict[str, Any]) -> tuple[int, int]:
+    """Width and height of the result."""
+    scale, width, height = given["scale"], given["width"], given["height"]
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 1 <= scale <= 4:
+        raise ValueError(f"scale must be between 1 and 4, got {scale!r}")
+    steps = 1 << look.format.subsampling_w, 1 << look.format.subsampling_h
+    for name, value, side in (("width", width, clip.width), ("height", height, clip.height)):
+        if value is not None and (not isinstance(value, int) or not 1 <= value <= 4 * side):
+            raise ValueError(f"{name} must be between 1 and {4 * side} (4x the input), got {value!r}")
+    if width is None and height is None:
+        size = round(clip.width * scale), round(clip.height * scale)
+        return size[0] // steps[0] * steps[0], size[1] // steps[1] * steps[1]
+    if width is None:
+        width = min(4 * clip.width, max(1, round(height * clip.width / clip.height / steps[0])) * steps[0])
+    if height is None:
+        height = min(4 * clip.height, max(1, round(width * clip.height / clip.width / steps[1])) * steps[1])
+    for name, value, step in (("width", width, steps[0]), ("height", height, steps[1])):
+        if value % step:
+            raise ValueError(f"{name} must be a multiple of {step} for {look.format.name}, got {value}")
+    return width, height
+
+
+def _mebibytes(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be a whole number of MiB, at least 0, got {value!r}")
+    return value << 20
+
+
+class Restorer:
+    """The nodes that restore one clip. It holds the source's nodes and none of the result's, so both can be freed."""
+
+    def __init__(
+        self,
+        clip: vs.VideoNode,
+        look: frames.Look,
+        networks: Networks,
+        budget: int,
+        cache_dir: str | Path | None,
+        disk_budget: int,
+    ):
+        self._rgb = frames.to_rgb(clip, look)
+        self._length = clip.num_frames
+        self._networks = networks
+        self._life = Life()
+        disk = None if cache_dir is None else Disk(cache_dir, disk_budget, self._life.warn)
+        self.engine = Engine(networks, Store(budget), disk)
+        self._records = Records()
+        self._budget_checked = False
+        self._blank = vs.core.std.BlankClip(format=vs.GRAY8, width=16, height=16, length=1, keep=True)
+        self._template = vs.core.std.BlankClip(
+            format=vs.RGBS, width=4 * clip.width, height=4 * clip.height, length=1, keep=True
+        )
+        self._evidence = self._evidence_node()
+
+    def clip(self) -> vs.VideoNode:
+        """The restored clip: RGBS, 4x as large."""
+        core = vs.core
+        grid = self._blank.std.Loop(-(-self._length // BLOCK))
+        evidence = grid.std.FrameEval(self._gather_evidence)
+        blocks = grid.std.FrameEval(self._compute, prop_src=evidence)
+        blocks = grid.std.FrameEval(self._again, prop_src=blocks)
+        blocks.std.SetVideoCache(mode=1, fixedsize=1, maxsize=KEPT_BLOCKS, maxhistory=KEPT_BLOCKS)
+        results = core.std.Interleave([blocks] * BLOCK)[: self._length]
+        template = core.std.BlankClip(self._rgb, width=self._template.width, height=self._template.height, keep=True)
+        return template.std.ModifyFrame([results], _hand_out)
+
+    def shots(self, block: int) -> Shots:
+        """The shots around a block, from evidence that has been read."""
+        records = self._records.take(self._span(block))
+        if records is None:
+            raise vs.Error("upscale: more requests are under way than evidence is kept for; ask for fewer at once")
+        settings = self._networks.settings
+        return Shots(
+            self._length, records.__getitem__, settings.prompt_at, settings.scene_detect, settings.scene_threshold,
+            settings.max_shot,
+        )  # fmt: skip
+
+    def _span(self, block: int) -> range:
+        first, last = block * BLOCK, min((block + 1) * BLOCK, self._length) - 1
+        settings = self._networks.settings
+        return evidence_span(first, last, self._networks.recipe, self._length, settings.max_shot is not None)
+
+    def _evidence_node(self) -> vs.VideoNode:
+        """A clip as long as the source whose frame n, once made, has put the record of n among the records."""
+        luma = frames.luma(self._rgb)
+        before = luma[:1] + luma[:-1] if self._length > 1 else luma
+        compared = vs.core.std.PlaneStats(luma, before)
+        blank = self._blank.std.Loop(self._length)
+        inputs = [blank, compared] + ([self._rgb] if self.engine.disk else [])
+        return blank.std.ModifyFrame(inputs, functools.partial(_record, self._records))
+
+    def _gather_evidence(self, n: int) -> vs.VideoNode:
+        self._check_budget()
+        missing = self._records.missing(self._span(n))
+        return self._joined([self._evidence[m] for m in missing]) if missing else self._blank
+
+    def _joined(self, nodes: list[vs.VideoNode]) -> vs.VideoNode:
+        """A one-frame node that needs the frames of all `nodes`, at most `LINK` of them at a time."""
+        while len(nodes) > 1:
+            groups = [nodes[i : i + LINK] for i in range(0, len(nodes), LINK)]
+            nodes = [self._blank.std.ModifyFrame([self._blank, *group], _first) for group in groups]
+        return nodes[0]
+
+    def _compute(self, n: int, f: vs.VideoFrame) -> vs.VideoNode:
+        shots = self.shots(n)
+        return self._block_node(n, shots, self.engine.plan(n, shots).sources)
+
+    def _again(self, n: int, f: vs.VideoFrame) -> vs.VideoNode:
+        if "uav_missing" not in f.props:
+            return self._blank.std.ModifyFrame(self._blank, functools.partial(_given, f))
+        shots = self.shots(n)
+        return self._block_node(n, shots, self.engine.fresh_plan(n, shots).sources)
+
+    def _block_node(self, block: int, shots: Shots, sources: Iterable[int]) -> vs.VideoNode:
+        """A one-frame node that reads the input frames `sources` and computes `block` from them."""
+        wanted = sorted(sources)
+        gathered: dict[int, Tensor] = {}
+        links = []
+        for i in range(0, len(wanted), LINK):
+            group = wanted[i : i + LINK]
+            inputs = [self._blank, *(self._rgb[m] for m in group)]
+            links.append(self._blank.std.ModifyFrame(inputs, functools.partial(_gather, gathered, group)))
+        inputs = [self._joined(links), self._template]
+        return self._blank.std.ModifyFrame(inputs, functools.partial(self._run, block, shots, gathered))
+
+    def _run(self, block: int, shots: Shots, gathered: dict[int, Tensor], n: int, f: list) -> vs.VideoFrame:
+        result = f[0].copy()
+        try:
+            pictures = self.engine.run(block, shots, gathered, self._life.alive, self._life.progress(block))
+        except Missing:
+            result.props["uav_missing"] = 1
+            return result
+        except NetworkError as error:
+            raise vs.Error(f"upscale: {error}") from None
+        finally:
+            gathered.clear()
+        for frame, picture in pictures.items():
+            result.props[_name(frame)] = frames.to_frame(picture, f[1])
+        return result
+
+    def _check_budget(self) -> None:
+        """Raise a budget that a linear pass would thrash to what it needs, and say so once."""
+        if self._budget_checked:
+            return
+        self._budget_checked = True
+        need = self.engine.working_set(self._rgb.height, self._rgb.width)
+        if self.engine.store.raise_budget(need):
+            self._life.warn(f"cache_mib is raised to {-(-need // 2**20)}: with less, frames would be computed twice")
+
+
+def _record(records: Records, n: int, f: list) -> vs.VideoFrame:
+    props = f[1].props
+    before, after = (props.get(name) for name in ("_SceneChangePrev", "_SceneChangeNext"))
+    digest = None
+    if len(f) > 2:
+        digest = blake2b(digest_size=16)
+        for plane in range(3):
+            digest.update(memoryview(f[2][plane]).tobytes())
+        digest = digest.digest()
+    records.put(
+        n,
+        Record(
+            float(props["PlaneStatsDiff"]) if n else 0.0,
+            None if before is None else bool(before),
+            None if after is None else bool(after),
+            frames.text_prop(props, PROMPT),
+            digest,
+        ),
+    )
+    return f[0]
+
+
+def _first(n: int, f: list) -> vs.VideoFrame:
+    return f[0]
+
+
+def _given(frame: vs.VideoFrame, n: int, f: vs.VideoFrame) -> vs.VideoFrame:
+    return frame
+
+
+def _gather(gathered: dict[int, Tensor], group: list[int], n: int, f: list) -> vs.VideoFrame:
+    for number, frame in zip(group, f[1:], strict=True):
+        gathered[number] = frames.to_tensor(frame)
+    return f[0]
+
+
+def _name(frame: int) -> str:
+    return f"uav_{frame % BLOCK}"
+
+
+def _hand_out(n: int, f: vs.VideoFrame) -> vs.VideoFrame:
+    return f.props[_name(n)]
+
+
+class Life:
+    """Whether the script a clip belongs to still lives, and its log. Made while the script's environment is active."""
+
+    def __init__(self):
+        self._environment = vs.get_current_environment()
+        self._stopped = threading.Event()
+        self._had_outputs = False
+        self._said = 0.0
+        vs.register_on_destroy(functools.partial(_stop, weakref.ref(self)))
+
+    def alive(self) -> bool:
+        """False once the environment is being destroyed, or its outputs were set and have been cleared."""
+        if self._stopped.is_set() or not self._environment.alive:
+            return False
+        with self._environment.use():
+            outputs = bool(vs.get_outputs())
+        gone = self._had_outputs and not outputs
+        self._had_outputs = self._had_outputs or outputs
+        return not gone
+
+    def warn(self, line: str) -> None:
+        """Write a line to VapourSynth's log."""
+        self._log(vs.MESSAGE_TYPE_WARNING, line)
+
+    def progress(self, block: int) -> Callable[[int, int, float], None]:
+        """A progress callback for one block that logs at most once a second."""
+
+        def report(done: int, total: int, seconds: float) -> None:
+            now = time.monotonic()
+            if now - self._said >= 1:
+                self._said = now
+                first = block * BLOCK
+                self._log(
+                    vs.MESSAGE_TYPE_DEBUG,
+                    f"frames {first} to {first + BLOCK - 1}: task {done} of {total}, {seconds:.1f} s",
+                )
+
+        return report
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _log(self, kind: vs.MessageType, line: str) -> None:
+        if self._environment.alive:
+            with self._environment.use():
+                vs.core.log_message(kind, f"upscale: {line}")
+
+
+def _stop(life: weakref.ref) -> None:
+    if (living := life()) is not None:
+        living.stop()
+
+
+__all__ = ["Restorer", "Settings", "upscale"]
