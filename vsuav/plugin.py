@@ -3,7 +3,7 @@
 Frames are served in blocks of six on the absolute grid. For block k, native nodes run in this order:
 
     evidence  reads the records (cut? prompt? digest?) of the frames that can matter, as far as they are not known
-    block     plans what is to be computed, reads exactly the input frames it needs, computes on the worker of the device;
+    block     plans what is to be computed, reads exactly the input frames it needs, and computes on a worker;
               its one frame carries the six results as frame properties
     again     the same over all frames that can matter, if the store lost something between planning and computing
 
