@@ -205,6 +205,10 @@ def raft_network(state: Mapping[str, Tensor]) -> nn.Module:
     with torch.device("meta"):
         network = raft_large(weights=None)
     renamed = {new: state[old] for old, new in raft_names(list(state)).items()}
+    for copy in (name for name in state if ".norm3." in name):
+        original = copy.replace(".norm3.", ".downsample.1.")
+        if original not in state or not torch.equal(state[copy], state[original]):
+            raise ValueError(f"raft_network: {copy} must be a copy of {original}, which it is not")
     wanted = network.state_dict()
     for problem, names in (("misses", wanted.keys() - renamed.keys()), ("does not know", renamed.keys() - wanted.keys())):
         names = {name for name in names if not name.endswith("num_batches_tracked")}
