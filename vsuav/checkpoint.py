@@ -325,7 +325,7 @@ def _text(folder: Path, kind: str, width: int, digest: "hashlib.blake2b") -> Tex
             if path.is_file():
                 with path.open("rb") as file:
                     digest.update(hashlib.file_digest(file, "blake2b").digest())
-    elif kind == "vsuav":
+    elif kind == "vsuav" and width == MiniLM.width:
         compute = MiniLM()
         digest.update(b"all-minilm-l6-v2")
     elif not stored:

@@ -93,6 +93,7 @@ class MiniLM:
     """all-MiniLM-L6-v2, read out of its package's archive: nothing is unpacked, no code of the package runs."""
 
     package = "all_minilm_l6_v2"
+    width = 384
 
     @cached_property
     def _loaded(self):
