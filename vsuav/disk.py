@@ -1,8 +1,7 @@
 """A disk tier for final latents: one SQLite database in a folder, safe with many processes and against kills.
 
-A row is a name (a digest of everything the latent depends on), the tensor's bytes and their checksum. SQLite writes a
-row whole or not at all. A row whose checksum does not fit, or a database that cannot be read, is dropped and its
-latents are computed again.
+A latent is kept under a name, a digest of everything it depends on, with a checksum. SQLite writes it whole or not at
+all. A latent whose checksum does not fit, or a database that cannot be read, is dropped, and computed again.
 """
 
 import contextlib
@@ -10,7 +9,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 
@@ -19,9 +18,13 @@ import torch
 from torch import Tensor
 
 FILE = "latents.sqlite3"
-TABLE = """CREATE TABLE IF NOT EXISTS latent (
-    name BLOB PRIMARY KEY, used REAL NOT NULL, size INTEGER NOT NULL, kind TEXT NOT NULL, data BLOB NOT NULL,
-    checksum BLOB NOT NULL) WITHOUT ROWID"""
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS latent (name BLOB PRIMARY KEY, used REAL NOT NULL, size INTEGER NOT NULL,"
+    " kind TEXT NOT NULL, checksum BLOB NOT NULL) WITHOUT ROWID",
+    "CREATE INDEX IF NOT EXISTS age ON latent (used, size)",
+    "CREATE TABLE IF NOT EXISTS body (name BLOB PRIMARY KEY, data BLOB NOT NULL)",
+)
+"""The bytes lie apart, so that noting a use or adding up sizes touches none of them."""
 DTYPES = {"float32": np.float32, "float16": np.float16}
 
 
@@ -31,7 +34,7 @@ class Disk:
     Args:
         folder: made if it is not there.
         limit: bytes.
-        log: called with one line when something was wrong with what is on disk.
+        log: called with one line when something is wrong with what is on disk, once for each kind of trouble.
 
     Raises:
         OSError: the folder cannot be made or written.
@@ -42,8 +45,10 @@ class Disk:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._limit = limit
         self._log = log
+        self._said: set[str] = set()
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
+        self._file: int | None = None
         self.hits = 0
         with self._lock:
             self._open()
@@ -52,13 +57,14 @@ class Disk:
         """The latent of `name`, or None."""
         with self._lock:
             row = self._try(lambda db: db.execute(
-                "SELECT kind, data, checksum FROM latent WHERE name = ?", (name,)).fetchone())  # fmt: skip
+                "SELECT kind, checksum, data FROM latent JOIN body USING (name) WHERE name = ?", (name,)
+            ).fetchone())  # fmt: skip
             if row is None:
                 return None
-            kind, data, checksum = row
-            if blake2b(data, digest_size=16).digest() != checksum:
-                self._log("a stored latent is damaged and will be computed again")
-                self._try(lambda db: db.execute("DELETE FROM latent WHERE name = ?", (name,)))
+            kind, checksum, data = row
+            if _checksum(name, kind, data) != checksum:
+                self._say("a stored latent is damaged and will be computed again")
+                self._try(lambda db: _delete(db, name))
                 return None
             self._try(lambda db: db.execute("UPDATE latent SET used = ? WHERE name = ?", (time.time(), name)))
             self.hits += 1
@@ -68,44 +74,48 @@ class Disk:
     def put(self, name: bytes, value: Tensor) -> None:
         """Keep `value` (float32 or float16) under `name`. A full or failing disk costs the entry, not the frame."""
         data = value.contiguous().numpy().tobytes()
+        if len(data) > self._limit:
+            return
         kind = json.dumps([str(value.dtype).removeprefix("torch."), list(value.shape)])
-        row = (name, time.time(), len(data), kind, data, blake2b(data, digest_size=16).digest())
+        row = (name, time.time(), len(data), kind, _checksum(name, kind, data))
+
+        def write(db: sqlite3.Connection) -> None:
+            with _transaction(db):
+                db.execute("INSERT OR REPLACE INTO latent VALUES (?, ?, ?, ?, ?)", row)
+                db.execute("INSERT OR REPLACE INTO body VALUES (?, ?)", (name, data))
+                self._evict(db)
+
         with self._lock:
-            self._try(lambda db: db.execute("INSERT OR REPLACE INTO latent VALUES (?, ?, ?, ?, ?, ?)", row))
-            self._evict()
+            self._try(write)
 
     @property
     def bytes(self) -> int:
         """Bytes of latents held."""
         with self._lock:
-            return self._size()
+            return self._try(_size) or 0
 
     def close(self) -> None:
         """Close the database; later calls open it again."""
         with self._lock:
             self._close()
 
-    def _size(self) -> int:
-        row = self._try(lambda db: db.execute("SELECT COALESCE(SUM(size), 0) FROM latent").fetchone())
-        return row[0] if row else 0
-
-    def _evict(self) -> None:
-        excess = self._size() - self._limit
+    def _evict(self, db: sqlite3.Connection) -> None:
+        excess = _size(db) - self._limit
         while excess > 0:
-            row = self._try(lambda db: db.execute("SELECT name, size FROM latent ORDER BY used LIMIT 1").fetchone())
-            if row is None:
-                return
-            self._try(lambda db, name=row[0]: db.execute("DELETE FROM latent WHERE name = ?", (name,)))
-            excess -= row[1]
+            name, size = db.execute("SELECT name, size FROM latent ORDER BY used LIMIT 1").fetchone()
+            _delete(db, name)
+            excess -= size
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
             connection = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+            self._file = self._inode()
             try:
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = NORMAL")
-                connection.execute(TABLE)
-                connection.execute("SELECT COUNT(*) FROM latent").fetchone()
+                for table in TABLES:
+                    connection.execute(table)
+                connection.execute("SELECT * FROM latent LEFT JOIN body USING (name) LIMIT 1").fetchone()
             except sqlite3.OperationalError as error:
                 connection.close()
                 raise OSError(f"{self.path} cannot be used: {error}") from error
@@ -122,18 +132,61 @@ class Disk:
                 self._connection.close()
             self._connection = None
 
+    def _inode(self) -> int | None:
+        try:
+            return self.path.stat().st_ino
+        except FileNotFoundError:
+            return None
+
     def _rebuild(self, error: Exception) -> None:
-        self._log(f"{self.path} is damaged ({error}); it is started anew")
+        """Remove the damaged database, unless another process has put a new one in its place."""
+        self._say(f"{self.path} is damaged ({error}); it is started anew")
         self._close()
-        for suffix in ("", "-wal", "-shm"):
-            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+        if self._inode() == self._file:
+            for suffix in ("", "-wal", "-shm"):
+                Path(f"{self.path}{suffix}").unlink(missing_ok=True)
 
     def _try(self, action: Callable[[sqlite3.Connection], object]):
         """Run `action`; a damaged database is started anew, any other trouble is logged and gives None."""
         try:
             return action(self._open())
         except (sqlite3.OperationalError, OSError) as error:
-            self._log(f"{self.path}: {error}")
+            self._say(f"{self.path}: {error}")
         except sqlite3.DatabaseError as error:
             self._rebuild(error)
         return None
+
+    def _say(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self._log(line)
+
+
+def _checksum(name: bytes, kind: str, data: bytes) -> bytes:
+    return blake2b(name + kind.encode() + data, digest_size=16).digest()
+
+
+def _size(db: sqlite3.Connection) -> int:
+    return db.execute("SELECT COALESCE(SUM(size), 0) FROM latent").fetchone()[0]
+
+
+def _delete(db: sqlite3.Connection, name: bytes) -> None:
+    with _transaction(db):
+        for table in ("latent", "body"):
+            db.execute(f"DELETE FROM {table} WHERE name = ?", (name,))
+
+
+@contextlib.contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All of the block or nothing of it; inside another transaction, part of that one."""
+    if db.in_transaction:
+        yield
+        return
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
