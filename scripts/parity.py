@@ -201,7 +201,7 @@ def compare_call(compare: Comparison, case: str, network: nn.Module, required: s
 
 
 def compare_block(compare: Comparison, name: str, network: nn.Module) -> None:
-    """Run one submodule on a tiny input: out.eps.NAME from in.eps.NAME.x, with embedding or text where it takes them."""
+    """Run one submodule on a tiny input: with the embedding or the text where it takes them."""
     file = compare.file
     file.entry("eps")
     block = network.get_submodule(name)
@@ -257,7 +257,7 @@ def unet(file: ParityFile) -> Iterator[Case]:
     for name in file.outputs("eps."):
         block = name.removeprefix("eps.")
         yield name, lambda compare, block=block: compare_block(compare, block, file.folder.network("unet"))
-    for name in file.outputs("rel_pos_bucket."):
+    for name in file.outputs("rel_pos_bucket.") or ["rel_pos_bucket.T*"]:
         yield name, lambda compare, name=name: buckets(compare, name)
 
 
@@ -449,7 +449,7 @@ class GivenNetworks(Networks):
     def flow(self, first: Tensor, second: Tensor) -> Tensor:
         frames = self.given["image"][0].unbind(1)
         n = next(n for n, frame in enumerate(frames) if torch.equal(frame, first))
-        expect(torch.equal(frames[n + 1], second), f"the engine asks for the flow of frame {n} to another than the next")
+        expect(torch.equal(frames[n + 1], second), f"the engine wants the flow of frame {n} to one not next to it")
         return torch.cat([self.given["forward"][0, :, n], self.given["backward"][0, :, n]])
 
 

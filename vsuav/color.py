@@ -43,7 +43,8 @@ def _low(x: Tensor) -> Tensor:
     for level in range(LEVELS):
         dilation = 2**level
         for axis in (-1, -2):
-            padded = F.pad(x, [dilation, dilation, 0, 0] if axis == -1 else [0, 0, dilation, dilation], mode="replicate")
+            pads = [dilation, dilation, 0, 0] if axis == -1 else [0, 0, dilation, dilation]
+            padded = F.pad(x, pads, mode="replicate")
             length = x.shape[axis]
             x = padded.narrow(axis, 0, length) + padded.narrow(axis, 2 * dilation, length)
             x.add_(padded.narrow(axis, dilation, length), alpha=2)

@@ -210,17 +210,16 @@ def raft_network(state: Mapping[str, Tensor]) -> nn.Module:
         if original not in state or not torch.equal(state[copy], state[original]):
             raise ValueError(f"raft_network: {copy} must be a copy of {original}, which it is not")
     wanted = network.state_dict()
-    for problem, names in (("misses", wanted.keys() - renamed.keys()), ("does not know", renamed.keys() - wanted.keys())):
-        names = {name for name in names if not name.endswith("num_batches_tracked")}
-        if names:
-            raise ValueError(f"raft_network: RAFT large {problem} {len(names)} tensors, the first is {min(names)}")
-    for name, tensor in wanted.items():
-        if name.endswith("num_batches_tracked"):
-            renamed[name] = torch.zeros((), dtype=torch.long)
-        elif renamed[name].shape != tensor.shape:
-            shapes = f"{tuple(tensor.shape)}, got {tuple(renamed[name].shape)}"
+    lost, strange = sorted(wanted.keys() - renamed.keys()), sorted(renamed.keys() - wanted.keys())
+    if lost or strange:
+        raise ValueError(
+            f"raft_network: {len(lost)} tensors of RAFT large are missing (first {lost[:1]}), "
+            f"{len(strange)} are unknown (first {strange[:1]})"
+        )
+    for name, tensor in renamed.items():
+        if tensor.shape != wanted[name].shape:
+            shapes = f"{tuple(wanted[name].shape)}, got {tuple(tensor.shape)}"
             raise ValueError(f"raft_network: {name} must have the shape {shapes}")
-        elif renamed[name].dtype != torch.float32:
-            renamed[name] = renamed[name].float()
-    network.load_state_dict({name: renamed[name] for name in wanted}, assign=True)
+        renamed[name] = tensor.to(wanted[name].dtype)
+    network.load_state_dict(renamed, assign=True)
     return network.requires_grad_(False).eval()

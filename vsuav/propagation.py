@@ -56,7 +56,8 @@ def propagate(x: Tensor, forward: Tensor, backward: Tensor, **options) -> Tensor
         return x
     for name, flow in (("forward", forward), ("backward", backward)):
         if tuple(flow.shape[:3]) != (x.shape[0], 2, frames - 1):
-            raise ValueError(f"propagate: {name} must be (b, 2, t-1, h, w) for x {tuple(x.shape)}, got {tuple(flow.shape)}")
+            shape = (x.shape[0], 2, frames - 1)
+            raise ValueError(f"propagate: {name} must begin with the axes {shape}, got {tuple(flow.shape)}")
     return torch.stack([_propagate_clip(*clip, options) for clip in zip(x, forward, backward, strict=True)])
 
 

@@ -199,4 +199,5 @@ class Sampler:
         second = (phi / -gap - 0.5) * 2 / math.expm1(-gap)
         rho_new = (second - place * first) / (1 - place)
         rho_old = first - rho_new
-        return scale * ((rho_old - 0.5) / place * (estimates[2] - estimates[1]) + rho_new * (estimates[0] - estimates[1]))
+        now, before, older = estimates
+        return scale * ((rho_old - 0.5) / place * (older - before) + rho_new * (now - before))
