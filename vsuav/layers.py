@@ -18,36 +18,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def memory(x: Tensor) -> Tensor:
+    """"b c t h w" -> "b t h w c", contiguous: the activation as it lies in memory."""
+    return x.permute(0, 2, 3, 4, 1).contiguous()
+
+
+def video(m: Tensor) -> Tensor:
+    """"b t h w c" -> "b c t h w"; the inverse of `memory`."""
+    return m.permute(0, 4, 1, 2, 3)
+
+
 def frames(x: Tensor) -> Tensor:
     """"b c t h w" -> "(b t) c h w", channels-last."""
-    x = x.transpose(1, 2).flatten(0, 1)
-    return x.contiguous(memory_format=torch.channels_last)
+    return memory(x).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def clip(x: Tensor, t: int) -> Tensor:
     """"(b t) c h w" -> "b c t h w"."""
-    return x.unflatten(0, (-1, t)).transpose(1, 2)
+    return video(x.permute(0, 2, 3, 1).unflatten(0, (-1, t)))
+
+
+def timeline(x: Tensor) -> Tensor:
+    """"b c t h w" -> "b c t (h w)", channels-last."""
+    return memory(x).flatten(2, 3).permute(0, 3, 1, 2)
+
+
+def untimeline(x: Tensor, h: int, w: int) -> Tensor:
+    """"b c t (h w)" -> "b c t h w"."""
+    return video(x.permute(0, 2, 3, 1).unflatten(2, (h, w)))
 
 
 def tokens(x: Tensor) -> Tensor:
     """"b c t h w" -> "(b t) (h w) c", contiguous."""
-    return x.permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1).contiguous()
+    return memory(x).flatten(2, 3).flatten(0, 1)
 
 
 def untokens(z: Tensor, like: Tensor) -> Tensor:
     """"(b t) (h w) c" -> "b c t h w" with the sizes b, t, h, w of `like`."""
     b, _, t, h, w = like.shape
-    return z.view(b, t, h, w, -1).permute(0, 4, 1, 2, 3)
-
-
-def timeline(x: Tensor) -> Tensor:
-    """"b c t h w" -> "b c t (h w)", channels-last."""
-    return x.flatten(3).contiguous(memory_format=torch.channels_last)
+    return video(z.view(b, t, h, w, -1))
 
 
 def concat(a: Tensor, b: Tensor) -> Tensor:
     """Concatenation on channels, done in memory order (one straight copy per pixel)."""
-    return torch.cat([a.permute(0, 2, 3, 4, 1), b.permute(0, 2, 3, 4, 1)], dim=-1).permute(0, 4, 1, 2, 3)
+    return video(torch.cat([memory(a), memory(b)], dim=-1))
 
 
 class JointNorm(nn.GroupNorm):
@@ -61,7 +75,7 @@ class JointNorm(nn.GroupNorm):
         y = F.group_norm(timeline(x), self.num_groups, self.weight, self.bias, self.eps)
         if act:
             y = F.silu(y, inplace=not torch.is_grad_enabled())
-        return y.unflatten(3, x.shape[3:])
+        return untimeline(y, *x.shape[3:])
 
 
 class FrameConv(nn.Conv2d):
@@ -89,7 +103,7 @@ class TimeConv(nn.Conv3d):
         if shift is not None and len(shift) == 1:
             bias, shift = bias + shift[0], None
         y = F.conv2d(timeline(x), self.weight[..., 0], bias, padding=self.padding[:2])
-        y = y.unflatten(3, x.shape[3:])
+        y = untimeline(y, *x.shape[3:])
         return y if shift is None else y + shift[:, :, None, None, None]
 
 
@@ -177,6 +191,16 @@ def zeroed[M: nn.Module](module: M) -> M:
     return module
 
 
+def lay_out[M: nn.Module](model: M) -> M:
+    """The same model with its convolutions' weights in channels-last memory, which spares a conversion per call."""
+    for p in model.parameters():
+        if p.dim() >= 4:
+            p.data = p.data.contiguous(
+                memory_format=torch.channels_last if p.dim() == 4 else torch.channels_last_3d
+            )
+    return model
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
     """Softmax attention; heads are contiguous slices of the channels.
 
@@ -211,4 +235,4 @@ def check_config(
                 allowed = " or ".join(repr(v) for v in fixed[key])
                 raise ValueError(f"{who}: {key} must be {allowed}, got {value!r}")
         elif value:
-            raise ValueError(f"{who}: unknown setting {key} = {value!r}; this network would ignore it, so it is refused")
+            raise ValueError(f"{who}: unknown setting {key} = {value!r}; this network would ignore it")

@@ -53,7 +53,7 @@ class VAEConfig:
 
     FIXED = {
         "act_fn": ("silu",),
-        "down_block_types": tuple([kind] * n for kind in ("DownEncoderBlock3D", "DownEncoderBlock2D") for n in range(9)),
+        "down_block_types": tuple([f"DownEncoderBlock{d}D"] * n for d in (2, 3) for n in range(9)),
         "force_upcast": (True, False),
         "use_post_quant_conv": (True,),
         "use_quant_conv": (True,),
