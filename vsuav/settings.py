@@ -96,6 +96,8 @@ def resolve(
 ) -> Settings:
     """Fill what `given` leaves at None from the preset, then the model's defaults, then `FALLBACK`; check every value.
 
+    Where the caller gives the steps alone, the preset's propagation steps keep their place in proportion.
+
     Args:
         given: the caller's values by the names of `upscale`'s parameters; None = not given.
         defaults: of the model, by the same names (may name its `preset`).
@@ -109,6 +111,9 @@ def resolve(
     if preset not in known:
         raise ValueError(f"preset must be one of {', '.join(known)}, got {preset!r}")
     values = {**FALLBACK, **defaults, **known[preset]}
+    if _is_real(given.get("steps")) and given.get("propagation_steps") is None:
+        parts = given["steps"] / values.get("steps", Settings.steps)
+        values["propagation_steps"] = [math.floor(index * parts) for index in values["propagation_steps"]]
     values.update({name: value for name, value in given.items() if value is not None})
     values["prompts"] = _prompts(values.pop("prompt"))
     allowed = {field.name for field in fields(Settings)}
