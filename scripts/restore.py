@@ -37,17 +37,22 @@ class Progress:
     """A bar on stderr: redrawn in place on a terminal, a line every tenth of the way elsewhere."""
 
     def __init__(self):
-        self.start = time.monotonic()
+        self.first: tuple[int, float] | None = None
         self.tenth = -1
 
     def show(self, done: int, total: int) -> None:
-        seconds = time.monotonic() - self.start
-        rate = done / seconds if seconds else 0.0
-        left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
+        if done and self.first is None:
+            self.first = done, time.monotonic()  # rates leave out what came before: loading, the first windows
+        frames, since = (done - self.first[0], time.monotonic() - self.first[1]) if self.first else (0, 0.0)
+        rate = f", {frames / since:.2f} a second" if frames and since else ""
+        left = f", {(total - done) * since / frames:.0f} s left" if rate and done < total else ""
         bar = "#" * (30 * done // total)
-        line = f"  [{bar:<30}] {done}/{total} frames, {rate:.2f} a second{left}"
+        line = f"  [{bar:<30}] {done}/{total} frames{rate}{left}"
         if sys.stderr.isatty():
-            print(f"\r{line:<90}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+            print(f"\r{line:<90}", end="", file=sys.stderr, flush=True)
+            if done == total and self.tenth < 10:
+                print(file=sys.stderr)
+                self.tenth = 10
         elif 10 * done // total > self.tenth:
             self.tenth = 10 * done // total
             print(line, file=sys.stderr, flush=True)
@@ -184,7 +189,7 @@ def main(arguments: list[str]) -> int:
         if target == source:
             raise Failed(f"INPUT and OUTPUT are the same file: {source}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        print(f"restoring {source}", file=sys.stderr, flush=True)
+        print(f"restoring {source} (the first frames take longest)", file=sys.stderr, flush=True)
         restore(source, target, settings)
         picture = target.with_suffix(".png")
         side_by_side(source, target, picture)
