@@ -12,19 +12,20 @@ import subprocess
 import sys
 import threading
 import time
+from fractions import Fraction
 from pathlib import Path
 
-import av
 import imageio_ffmpeg
 import numpy as np
 import vapoursynth as vs
 from PIL import Image
 
+from vsuav.video import MediaError, Video, colour_filter, open_video
+from vsuav.video import carried_over as video_options
+
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "restore.vpy"
 SAMPLE = HERE / "sample" / "city.mp4"
-COPIED = {".mp4": {"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"}, ".mov": {"aac", "mp3", "ac3", "eac3", "alac"}}
-"""Container -> sound formats it takes as they are; others are encoded as AAC. Matroska takes everything."""
 LARGEST = (960, 720)
 """The picture shows at most this much of a frame (width, height), from its middle."""
 
@@ -92,42 +93,28 @@ def vspipe() -> list[str]:
     return [sys.executable, str(HERE / "pipe.py")]
 
 
-def sound_options(source: Path, target: Path) -> list[str]:
-    """ffmpeg's options that carry the sound of `source` (its second input) over to `target`."""
-    with av.open(str(source)) as container:
-        formats = {stream.codec_context.name for stream in container.streams.audio}
-    copied = formats <= COPIED.get(target.suffix.lower(), formats)
-    return ["-map", "1:a?", "-c:a", *(["copy"] if copied else ["aac", "-b:a", "192k"])]
-
-
-def guessed_matrix(height: int) -> int:
-    """The matrix of YUV video that names none, by the players' rule of thumb: BT.709 for HD, BT.601 below."""
-    return int(vs.MATRIX_BT709 if height > 576 else vs.MATRIX_ST170_M)
-
-
-def colour_tags(source: Path) -> str:
-    """A filter that tags frames as `source` is tagged (y4m has no such tags), or with what restore.vpy assumed."""
-    with av.open(str(source)) as container:
-        codec = container.streams.video[0].codec_context
-        matrix, primaries, transfer, full = (
-            int(value or 0) for value in (codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range)
-        )
-        if codec.pix_fmt.startswith(("rgb", "bgr", "gbr", "argb", "abgr", "pal8")):
-            matrix, full = int(vs.MATRIX_BT709), 1  # restore.vpy turns RGB into this
-        elif matrix in (0, 2):
-            matrix = guessed_matrix(codec.height)
-    tags = {"colorspace": matrix, "color_primaries": primaries, "color_trc": transfer, "range": full}
-    known = [f"{name}={value}" for name, value in tags.items() if name == "range" or value not in (0, 2)]
-    return "setparams=" + ":".join(known)
+def carried_over(video: Video, target: Path) -> list[str]:
+    """ffmpeg's options that carry sound, subtitles, chapters and colour tags of `video` (its second input) over."""
+    if any(tick != n for n, tick in enumerate(video.ticks)):
+        raise Failed(f"{video.path} has a variable frame rate, which y4m has no place for; use .venv/bin/vsuav restore")
+    props = dict(video.clip.get_frame(0).props)
+    if video.clip.format.color_family != vs.YUV:
+        props |= {"_Matrix": vs.MATRIX_BT709, "_Range": vs.RANGE_LIMITED}  # restore.vpy turns it into this
+    shape = Fraction(int(props.get("_SARNum", 1)) or 1, int(props.get("_SARDen", 1)) or 1)
+    options, lost = video_options(video.path, target.suffix.lower())
+    for line in lost:
+        print(f"  left out: {line}", file=sys.stderr)
+    return [*options, "-vf", colour_filter(props, shape)]
 
 
 def restore(source: Path, target: Path, settings: list[str], script: Path = SCRIPT) -> None:
     """Run `script` on `source` and encode what comes out into `target`, which appears only when it is complete."""
     part = target.with_name(f"{target.stem}.part{target.suffix}")
     arguments = [word for pair in [f"input={source}", *settings] for word in ("-a", pair)]
+    video = open_video(source)
     encode = [
-        imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y", "-f", "yuv4mpegpipe", "-i", "-", "-i", str(source),
-        "-map", "0:v:0", *sound_options(source, target), "-vf", colour_tags(source),
+        imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y", "-itsoffset", f"{float(video.time(0)):.6f}",
+        "-f", "yuv4mpegpipe", "-i", "-", "-i", str(source), "-map", "0:v:0", *carried_over(video, target),
         "-c:v", "libx264", "-crf", "16", "-preset", "medium", str(part),
     ]  # fmt: skip
     evaluate = [*vspipe(), *arguments, str(script), "-"]
@@ -156,16 +143,13 @@ def restore(source: Path, target: Path, settings: list[str], script: Path = SCRI
 
 def rgb(clip: vs.VideoNode, n: int, width: int, height: int) -> np.ndarray:
     """Frame n at this size (bicubic) as "h w c", 8 bits."""
-    if clip.format.color_family == vs.YUV and clip.get_frame(n).props.get("_Matrix", 2) == 2:
-        clip = vs.core.std.SetFrameProps(clip, _Matrix=guessed_matrix(clip.height))
     frame = vs.core.resize.Bicubic(clip, width, height, format=vs.RGB24).get_frame(n)
     return np.dstack([np.asarray(frame[plane]) for plane in range(3)])
 
 
 def side_by_side(source: Path, restored: Path, picture: Path) -> None:
     """Write the middle frame of both: the input enlarged by bicubic on the left, the restored one on the right."""
-    core = vs.core
-    before, after = core.bs.VideoSource(str(source), cachemode=0), core.bs.VideoSource(str(restored), cachemode=0)
+    before, after = open_video(source).clip, open_video(restored).clip
     n = min(before.num_frames, after.num_frames) // 2
     width, height = min(after.width, LARGEST[0]), min(after.height, LARGEST[1])
     left, top = (after.width - width) // 2, (after.height - height) // 2
@@ -193,7 +177,7 @@ def main(arguments: list[str]) -> int:
         restore(source, target, settings)
         picture = target.with_suffix(".png")
         side_by_side(source, target, picture)
-    except Failed as error:
+    except (Failed, MediaError, vs.Error) as error:
         print(f"vsuav: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
