@@ -61,7 +61,7 @@ def inspect(clip: vs.VideoNode) -> Look:
                 f"a YUV clip needs to say its matrix, got _Matrix={first.get('_Matrix')}; set it with "
                 "clip.std.SetFrameProps(_Matrix=1) for BT.709 (HD) or _Matrix=6 for BT.601 (SD)"
             )
-    named = first.get("_Range", first.get("_ColorRange"))
+    named = first["_Range"] if "_Range" in first else first.get("_ColorRange")
     if named is None:
         full = clip.format.color_family == vs.RGB
     else:
