@@ -40,7 +40,14 @@ def test_dis_finds_a_shift(size):
         assert (inner - torch.tensor([x, y]).view(2, 1, 1)).abs().mean() < 0.15
 
 
-def test_the_thread_count_of_opencv_changes_nothing_and_is_put_back():
+def test_the_thread_count_of_opencv_changes_nothing_and_is_put_back(monkeypatch):
+    seen, estimate = [], DIS._estimate
+
+    def spy(*frames):
+        seen.append(cv2.getNumThreads())
+        return estimate(*frames)
+
+    monkeypatch.setattr(DIS, "_estimate", staticmethod(spy))
     picture = texture(160, 240)
     a, b = shifted(picture, 0, 0), shifted(picture, 5, 4) + 0.05 * torch.randn(3, 160, 240)
     before = cv2.getNumThreads()
@@ -50,10 +57,11 @@ def test_the_thread_count_of_opencv_changes_nothing_and_is_put_back():
             cv2.setNumThreads(threads)
             results.append(DIS()(a, b))
             assert cv2.getNumThreads() == threads
-        for result in results[1:]:
-            assert torch.equal(result[0], results[0][0]) and torch.equal(result[1], results[0][1])
     finally:
         cv2.setNumThreads(before)
+    assert set(seen) == {1}
+    for forward, backward in results[1:]:
+        assert torch.equal(forward, results[0][0]) and torch.equal(backward, results[0][1])
 
 
 def test_dis_from_many_threads_at_once_gives_the_same_bits():

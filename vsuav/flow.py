@@ -96,7 +96,7 @@ def _resize_back(flow: Tensor, size: tuple[int, int]) -> Tensor:
 class DIS:
     """Dense inverse search (Kroeger et al. 2016) by OpenCV, preset medium, on 8-bit luma. No weights.
 
-    OpenCV's thread count changes its result, so it is one here, whatever the caller's is.
+    Runs on one OpenCV thread, so that a count somebody else has set cannot decide a bit; it is put back afterwards.
     """
 
     name = "dis"
