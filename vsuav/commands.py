@@ -111,7 +111,7 @@ def _log_to(reports: Reports) -> Callable[[vs.MessageType, str], None]:
     def handle(kind: vs.MessageType, line: str) -> None:
         if match := TASK.fullmatch(line.split(" s")[0].rsplit(",", 1)[0]):
             reports.task(*map(int, match.groups()))
-        elif kind >= vs.MESSAGE_TYPE_WARNING and "no return value" not in line:
+        elif kind >= vs.MESSAGE_TYPE_WARNING:
             reports.say(line)
 
     return handle

@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import subprocess
+import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,18 +84,22 @@ def open_video(path: Path) -> Video:
     try:
         with av.open(str(path)) as container:
             begins = Fraction(container.start_time or 0, av.time_base)
+            pictures = len(container.streams.video)
     except (av.FFmpegError, OSError) as error:
         raise MediaError(f"{path} is no file ffmpeg can read ({getattr(error, 'strerror', None) or error})") from None
+    if not pictures:
+        raise MediaError(f"{path} holds no video")
     try:
-        opened = vs.core.bs.VideoSource(str(path), exporttimestamps=True, apply_rotation=True)
+        with tempfile.TemporaryDirectory() as folder:
+            times = Path(folder) / "times"
+            clip = vs.core.bs.VideoSource(str(path), timecodes=str(times), apply_rotation=True)
+            ticks = [round(float(line) * 100) for line in times.read_text().splitlines() if not line.startswith("#")]
     except vs.Error as error:
         raise MediaError(f"{path}: {' '.join(str(error).split())}") from None
-    clip = opened["clip"]
     if clip.format.color_family == vs.YUV and clip.get_frame(0).props.get("_Matrix", UNSPECIFIED) == UNSPECIFIED:
         clip = clip.std.SetFrameProps(_Matrix=vs.MATRIX_BT709 if clip.height > 576 else vs.MATRIX_ST170_M)
-    ticks, base = list(opened["timestamps"]), Fraction(opened["timebasenum"], opened["timebaseden"])
-    rate = Fraction(clip.fps)
-    if rate and all(abs((ticks[n] - ticks[0]) * base - n / rate) <= base for n in range(len(ticks))):
+    base, rate, millisecond = Fraction(1, 100_000), Fraction(clip.fps), Fraction(1, 1000)
+    if rate and all(abs((tick - ticks[0]) * base - n / rate) <= millisecond for n, tick in enumerate(ticks)):
         # constant, but for the rounding of the container: count frames, and let `begins` carry the offset
         begins, base, ticks = begins - ticks[0] * base, 1 / rate, list(range(len(ticks)))
     return Video(path, clip, ticks, base, begins)

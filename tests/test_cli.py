@@ -1,0 +1,299 @@
+"""The command line on tiny clips: what comes out, what is carried over, how it stops and how it fails."""
+
+import os
+import signal
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toy
+
+av = pytest.importorskip("av")
+imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+typer_testing = pytest.importorskip("typer.testing")
+vs = pytest.importorskip("vapoursynth")
+if not hasattr(vs.core, "bs"):
+    pytest.skip("BestSource is not installed", allow_module_level=True)
+
+from vsuav import video  # noqa: E402
+from vsuav.__main__ import app  # noqa: E402
+
+LOSSLESS = ["--", "-c:v", "ffv1"]
+SUBTITLES = "1\n00:00:00,100 --> 00:00:00,300\nHallo\n\n2\n00:00:00,400 --> 00:00:00,700\nWelt\n"
+METADATA = """;FFMETADATA1
+title=Ein Film
+[CHAPTER]
+TIMEBASE=1/1000
+START=0
+END=400
+title=eins
+[CHAPTER]
+TIMEBASE=1/1000
+START=400
+END=1000
+title=zwei
+"""
+TAGS = "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv,setsar=4/3"
+
+
+def ffmpeg(*arguments) -> None:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`vfr.mkv` with sound, subtitles, chapters and tags, and a jump in time; `cfr.mp4`; `late.ts`; a toy model."""
+    folder = tmp_path_factory.mktemp("clips")
+    toy.write(folder / "model")
+    (folder / "sub.srt").write_text(SUBTITLES)
+    (folder / "meta.txt").write_text(METADATA)
+    (folder / "noise.bin").write_bytes(bytes(range(256)) * 9)
+    picture = ["-f", "lavfi", "-i", "testsrc2=s=32x24:r=24:d=0.8", "-f", "lavfi", "-i", "sine=d=0.8"]
+    coded = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-c:a", "aac"]
+    jump = f"setpts='if(gte(N,10),PTS+0.1/TB,PTS)',{TAGS}"
+    ffmpeg(*picture, "-i", folder / "sub.srt", "-i", folder / "meta.txt", "-map", 0, "-map", 1, "-map", 2,
+           "-map_metadata", 3, "-map_chapters", 3, "-vf", jump, "-fps_mode", "vfr", *coded, "-c:s", "srt",
+           "-metadata:s:a:0", "language=deu", folder / "vfr.mkv")  # fmt: skip
+    ntsc = ["-f", "lavfi", "-i", "testsrc2=s=32x24:r=24000/1001:d=0.8", *picture[4:]]
+    ffmpeg(*ntsc, "-i", folder / "sub.srt", *coded, "-c:s", "mov_text", folder / "cfr.mp4")
+    ffmpeg(*ntsc, *coded, "-output_ts_offset", "1.4", folder / "late.ts")
+    return folder
+
+
+@pytest.fixture
+def run(folder, tmp_path, monkeypatch):
+    """Run a command inside this process: its exit code and what it wrote to stderr."""
+    monkeypatch.setenv("COLUMNS", "400")
+
+    def call(*arguments):
+        result = typer_testing.CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.stderr, result.stdout
+
+    return call
+
+
+def look(path: Path) -> dict:
+    """What a file holds, as PyAV sees it: times in seconds from the file's beginning."""
+    with av.open(str(path)) as container:
+        picture = container.streams.video[0]
+        streams = {s.index: s for s in container.streams if s.type != "data"}
+        times, payload = {i: [] for i in streams}, {i: [] for i in streams}
+        for packet in container.demux(*streams.values()):
+            if packet.pts is not None:
+                times[packet.stream.index].append(packet.pts * packet.time_base)
+                payload[packet.stream.index].append(bytes(packet))
+        by_kind = {kind: [i for i, s in streams.items() if s.type == kind] for kind in ("video", "audio", "subtitle")}
+        context = picture.codec_context
+        return {
+            "size": (context.width, context.height),
+            "format": context.pix_fmt,
+            "colour": (int(context.colorspace), int(context.color_primaries), int(context.color_trc)),
+            "shape": picture.sample_aspect_ratio,
+            "kinds": [streams[i].type for i in streams],
+            "codecs": [streams[i].codec_context.name for i in streams],
+            "times": {kind: [sorted(times[i]) for i in rows] for kind, rows in by_kind.items()},
+            "payload": {kind: [payload[i] for i in rows] for kind, rows in by_kind.items()},
+            "languages": [streams[i].metadata.get("language") for i in streams],
+            "title": container.metadata.get("title"),
+            "chapters": [
+                (c["metadata"]["title"], c["start"] * c["time_base"], c["end"] * c["time_base"])
+                for c in container.chapters()
+            ],
+        }
+
+
+def pictures(path: Path) -> list[bytes]:
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray().tobytes() for frame in container.decode(video=0)]
+
+
+def close(a, b, tolerance=Fraction(2, 1000)) -> bool:
+    return len(a) == len(b) and all(abs(x - y) <= tolerance for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module")
+def restored(folder):
+    """`vfr.mkv` restored once, losslessly, by the toy model."""
+    target = folder / "restored.mkv"
+    arguments = ["restore", folder / "vfr.mkv", target, "--model", folder / "model", *LOSSLESS]
+    result = typer_testing.CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "" and "wrote" in result.stderr
+    return target
+
+
+def test_everything_but_the_picture_is_carried_over(folder, restored):
+    before, after = look(folder / "vfr.mkv"), look(restored)
+    assert after["size"] == (128, 96) and after["format"] == "yuv420p10le"
+    assert after["kinds"] == ["video", "audio", "subtitle"] and after["languages"][1] == "deu"
+    assert close(after["times"]["video"][0], before["times"]["video"][0])  # with the jump
+    assert after["payload"]["audio"] == before["payload"]["audio"]
+    assert close(after["times"]["audio"][0], before["times"]["audio"][0])
+    assert after["payload"]["subtitle"] == before["payload"]["subtitle"]
+    for key in ("colour", "shape", "title", "chapters"):
+        assert after[key] == before[key], key
+    assert after["colour"] == (1, 1, 1) and after["shape"] == Fraction(4, 3)
+
+
+def test_the_picture_is_what_upscale_gives(folder, restored):
+    from vsuav import upscale
+
+    clip = video.ten_bit(vs.core.bs.VideoSource(str(folder / "vfr.mkv")))
+    result = upscale(clip, model=str(folder / "model"))
+    with av.open(str(restored)) as container:
+        for n, frame in enumerate(container.decode(video=0)):
+            if n in (0, 7, 18):
+                assert np.array_equal(frame.to_ndarray()[:96], np.asarray(result.get_frame(n)[0]))
+    assert n == clip.num_frames - 1
+
+
+def test_a_part_has_the_same_pixels_and_stays_in_sync(folder, restored, run, tmp_path):
+    target = tmp_path / "part.mkv"
+    code, said, _ = run("restore", folder / "vfr.mkv", target, "--model", folder / "model", "--start", "0.25", "--end",
+                        "0:00:00.6", *LOSSLESS)  # fmt: skip
+    assert code == 0, said
+    whole, part = look(restored), look(target)
+    times = whole["times"]["video"][0]
+    inside = [n for n, t in enumerate(times) if Fraction("0.2495") <= t < Fraction("0.5995")]
+    assert pictures(target) == [pictures(restored)[n] for n in inside]
+    assert close(part["times"]["video"][0], [times[n] - times[inside[0]] for n in inside])
+    first = whole["payload"]["audio"][0].index(part["payload"]["audio"][0][0])  # the sound is as late as it was
+    late = whole["times"]["audio"][0][first] - times[inside[0]]
+    assert abs(part["times"]["audio"][0][0] - part["times"]["video"][0][0] - late) <= Fraction(2, 1000)
+    assert [title for title, *_ in part["chapters"]] == ["eins", "zwei"]
+
+
+def test_mp4_to_mkv_and_a_late_beginning(folder, run, tmp_path):
+    """Time codes of 24000/1001 stay exact; text subtitles change their format with the container; offsets stay."""
+    for name, kinds in (("cfr.mp4", ["video", "audio", "subtitle"]), ("late.ts", ["video", "audio"])):
+        target = tmp_path / f"{name}.mkv"
+        code, said, _ = run("restore", folder / name, target, "--model", folder / "model", "--scale", "2",
+                            "--", "-c:v", "libx264", "-crf", "20")  # fmt: skip
+        assert code == 0, said
+        before, after = look(folder / name), look(target)
+        assert after["kinds"] == kinds and after["size"] == (64, 48) and "h264" in after["codecs"]
+        for kind in ("video", "audio"):
+            start = min(before["times"]["video"][0][0], before["times"]["audio"][0][0])
+            expected = [t - start for t in before["times"][kind][0]]
+            begins = min(after["times"]["video"][0][0], after["times"]["audio"][0][0])
+            assert close([t - begins for t in after["times"][kind][0]], expected), (name, kind)
+        assert after["colour"][0] == 6  # assumed for SD, so it is said
+    assert b"Hallo" in b"".join(look(tmp_path / "cfr.mp4.mkv")["payload"]["subtitle"][0])
+    back = tmp_path / "back.mp4"
+    code, said, _ = run("restore", folder / "vfr.mkv", back, "--model", folder / "model", "--scale", "1",
+                        "--", "-c:v", "libx264")  # fmt: skip
+    assert code == 0, said
+    assert "mov_text" in look(back)["codecs"] and len(look(back)["chapters"]) == 2
+
+
+def test_ctrl_c_leaves_a_state_that_the_same_command_goes_on_from(folder, restored, tmp_path):
+    target = tmp_path / "stopped.mkv"
+    command = [sys.executable, "-m", "vsuav", "restore", folder / "vfr.mkv", target, "--model", folder / "model"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*map(str, command), *LOSSLESS], stderr=subprocess.PIPE, text=True, env=environment)
+    for line in process.stderr:
+        if line.split("/")[0].isdigit() and 6 <= int(line.split("/")[0]) < 15:
+            break
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read()
+    assert process.wait(120) == 130, said
+    assert "goes on from here" in said and "Traceback" not in said
+    kept = tmp_path / "stopped.mkv.vsuav"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [kept.name] and any(kept.iterdir())
+    done = subprocess.run([*map(str, command), *LOSSLESS], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["stopped.mkv"]
+    assert pictures(target) == pictures(restored)
+
+
+def test_settings_and_prompts_reach_upscale(folder, run, tmp_path, monkeypatch):
+    from vsuav import commands
+
+    seen = {}
+
+    def spy(clip, **settings):
+        seen.update(settings)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(commands, "upscale", spy)
+    monkeypatch.setattr(commands, "parse_settings", lambda pairs: {"seed": 3, "tile": (64, 64)} if pairs else {})
+    (tmp_path / "prompts.txt").write_text("# shots\n0 a street\n\n240 a cat, asleep\n")
+    code, said, _ = run("restore", folder / "vfr.mkv", tmp_path / "x.mkv", "--prompts", tmp_path / "prompts.txt",
+                        "--noise-level", 60, "--set", "seed=3", "--cache-dir", tmp_path / "keep")  # fmt: skip
+    assert (code, said) == (1, "vsuav: enough\n")
+    assert seen == {
+        "prompt": [(0, "a street"), (240, "a cat, asleep")], "noise_level": 60, "seed": 3, "tile": (64, 64),
+        "cache_dir": str(tmp_path / "keep"),
+    }  # fmt: skip
+
+
+def test_settings_are_literals():
+    from vsuav.commands import parse_settings
+
+    given = ["seed=3", "tile=(64, 64)", "solver=ddim", "propagation_steps=[1]", "scene_detect=False"]
+    assert parse_settings(given) == {
+        "seed": 3, "tile": (64, 64), "solver": "ddim", "propagation_steps": [1], "scene_detect": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("90", 90), ("1:30", 90), ("1:30.5", 90.5), ("0:01:30", 90), ("1:00:00", 3600), ("7.", 7)]
+)
+def test_times(text, value):
+    assert video.seconds(text) == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nothing.mkv", "out.mkv"], "no such file"),
+        (["meta.txt", "out.mkv"], "holds no video"),
+        (["noise.bin", "out.mkv"], "no file ffmpeg can read"),
+        (["vfr.mkv", "vfr.mkv"], "the same file"),
+        (["vfr.mkv", "cfr.mp4"], "exists already; --overwrite"),
+        (["vfr.mkv", "out"], "needs a suffix"),
+        (["vfr.mkv", "none/out.mkv"], "no such folder"),
+        (["vfr.mkv", "out.mkv", "--start", "soon"], "a time is written 90"),
+        (["vfr.mkv", "out.mkv", "--start", "1:00:00"], "no frame of"),
+        (["vfr.mkv", "out.mkv", "--set", "sead=1"], "--set takes NAME=VALUE"),
+        (["vfr.mkv", "out.mkv", "--noise-level", "400"], "upscale: noise_level must be between 0 and 350, got 400"),
+        (["vfr.mkv", "out.mkv", "--model", "absent"], "model folder absent does not exist"),
+        (["vfr.mkv", "out.mkv", "--prompts", "absent.txt"], "cannot read the prompts"),
+        (["vfr.mkv", "out.mkv", "--model", "model", "--", "-c:v", "absent"], "ffmpeg could not write"),
+    ],
+)
+def test_errors_are_one_line(folder, run, monkeypatch, arguments, says):
+    monkeypatch.chdir(folder)
+    before = sorted(folder.iterdir())
+    code, said, _ = run("restore", *arguments)
+    lines = [line for line in said.splitlines() if "frames" not in line or "vsuav" in line]
+    assert code == 1 and len(lines) == 1 and says in said and lines[0].startswith("vsuav: "), said
+    assert sorted(folder.iterdir()) == before
+    code, said, _ = run("restore", "-v", *arguments)
+    assert code == 1 and "Traceback" in said
+
+
+def test_wrong_usage_is_exit_code_2(run):
+    assert run("restore", "one")[0] == 2
+    assert run("restore", "one", "two", "--noise-level", "much")[0] == 2
+    assert run("unheard-of")[0] == 2
+
+
+def test_models_commands(folder, run, tmp_path):
+    code, _, out = run("models", "verify", folder / "model")
+    assert code == 0 and "kind           vsuav" in out and "all fit" in out
+    code, _, _ = run("models", "convert", folder / "model", tmp_path / "half", "--dtype", "float16")
+    assert code == 0
+    assert run("models", "verify", tmp_path / "half")[0] == 0
+    code, said, _ = run("models", "convert", folder / "model", tmp_path / "other", "--dtype", "int8")
+    assert code == 1 and "float16" in said
+    (tmp_path / "half" / "unet" / "config.json").unlink()
+    code, said, _ = run("models", "verify", tmp_path / "half")
+    assert code == 1 and "config.json does not exist" in said
+    assert run("models", "list")[0] == 0
