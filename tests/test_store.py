@@ -1,4 +1,4 @@
-"""The laws of the store: a dict that forgets the least recently used, and counts the bytes it really holds."""
+"""The laws of the store: a dict that forgets the least valuable first, and counts the bytes it really holds."""
 
 import gc
 import threading
@@ -23,11 +23,11 @@ def really_held(store: Store) -> int:
 
 
 def entries(store: Store) -> list[torch.Tensor]:
-    return [store._entries[key] for key in list(store._entries)]
+    return [value for shelf in store._shelves.values() for value in shelf.values()]
 
 
 class StoreAgainstDict(RuleBasedStateMachine):
-    """The store beside a plain model of a least-recently-used mapping."""
+    """The store beside a plain model: keys in order of use; the first of the farthest is the next to go."""
 
     @initialize(budget=st.sampled_from([0, 16, 40, 100, 1000]))
     def start(self, budget):
@@ -35,6 +35,7 @@ class StoreAgainstDict(RuleBasedStateMachine):
         self.model: OrderedDict[int, torch.Tensor] = OrderedDict()
         self.budget = budget
         self.serial = 0
+        self.distance = dict.fromkeys(range(10), 0)
 
     def tensor(self, shape):
         self.serial += 1
@@ -45,7 +46,7 @@ class StoreAgainstDict(RuleBasedStateMachine):
         if value.nbytes <= self.budget:
             self.model[key] = value
             while sum(v.nbytes for v in self.model.values()) > self.budget:
-                self.model.popitem(last=False)
+                del self.model[max(self.model, key=self.distance.get)]
 
     @rule(key=KEYS, shape=SHAPES)
     def put(self, key, shape):
@@ -73,6 +74,11 @@ class StoreAgainstDict(RuleBasedStateMachine):
         if expected is not None:
             assert torch.equal(value, expected)
             self.model.move_to_end(key)
+
+    @rule(distances=st.lists(st.integers(0, 3), min_size=10, max_size=10))
+    def rank(self, distances):
+        self.distance = dict(enumerate(distances))
+        self.store.rank(self.distance.__getitem__)
 
     @rule(budget=st.sampled_from([0, 50, 200]))
     def raise_budget(self, budget):

@@ -8,6 +8,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from hashlib import blake2b
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from vsuav.disk import Disk
 from vsuav.networks import Networks
-from vsuav.plan import BLOCK, Key, Plan, Task, cone, plan_block, plan_latents, working_set
+from vsuav.plan import BLOCK, Key, Plan, Task, cone, front, plan_block, plan_latents, working_set
 from vsuav.propagation import link
 from vsuav.shots import Shots
 from vsuav.store import Store
@@ -61,9 +62,9 @@ class Engine:
         return plan_block(block, self.networks.recipe, shots, lambda key: False)
 
     def working_set(self, height: int, width: int) -> int:
-        """Bytes a linear pass over input frames of this size must keep to compute nothing twice."""
-        latent = 4 * height * width * self.networks.latent_dtype.itemsize
-        return working_set(self.networks.recipe, latent, 16 * height * width)
+        """Bytes a linear pass over input frames of this size must keep to compute hardly anything twice."""
+        pixels = 4 * height * width
+        return working_set(self.networks.recipe, pixels * self.networks.latent_dtype.itemsize, 4 * pixels, 4 * pixels)
 
     def run(
         self,
@@ -106,6 +107,7 @@ class Engine:
             return work(*arguments)
 
     def _execute(self, block, shots, sources, alive, progress) -> dict[int, Tensor]:
+        self.store.rank(partial(front(self.networks.recipe).distance, block=block))
         held: dict[Key, Tensor] = {}
         plan = plan_block(block, self.networks.recipe, shots, self._take(held, shots))
         wanted = [key for task in plan.tasks for key in task.makes if key[0] == "frame"]

@@ -13,9 +13,10 @@ Latents before step 0 are noise and need no task. The planner goes through the s
 collects what is wanted and not there, and lists the tasks from the first step to the last.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from vsuav.propagation import backward_start, forward_start
@@ -226,53 +227,73 @@ def cone(frame: int, recipe: Recipe, shots: Shots) -> tuple[int, int]:
     return first, last
 
 
-class _Ledger:
-    """A stand-in for a store with no limit that remembers how far apart in bytes the uses of a key lie."""
-
-    def __init__(self, size: Callable[[Key], int]):
-        self._size = size
-        self._order: dict[Key, None] = {}
-        self.distance = 0
-        self.counting = False
-
-    def use(self, key: Key) -> None:
-        if key in self._order and self.counting:
-            newer = 0
-            for other in reversed(self._order):
-                newer += self._size(other)
-                if other == key:
-                    break
-            self.distance = max(self.distance, newer)
-        self._order.pop(key, None)
-        self._order[key] = None
-
-    def have(self, key: Key) -> bool:
-        if key not in self._order:
-            return False
-        self.use(key)
-        return True
+FAR = 16
+"""Distance of what a linear pass at the present place will not read."""
+NOWHERE = (10**9, -(10**9))
+FINAL = 9
+"""Final latents are at most this far: they answer a seek back without a call."""
 
 
-def working_set(recipe: Recipe, latent_bytes: int, flow_bytes: int) -> int:
-    """Bytes that a least-recently-used store must hold so that a linear pass computes nothing twice.
+@dataclass(frozen=True)
+class Front:
+    """What a linear pass carries from one block to the next.
 
-    Args:
-        latent_bytes: of one latent of one frame.
-        flow_bytes: of one flow pair.
+    `final` is the kind of the final latents; `spans` gives, for the kinds of keys that are still read, from where to
+    where they lie, in frames from the first frame of the next block; `frames` how many frames' worth of each there are.
     """
 
-    def size(key: Key) -> int:
-        if key[0] == "v":
-            return latent_bytes * (key[3] - key[2])
-        return flow_bytes if key[0] == "flow" else latent_bytes
+    final: Key
+    spans: dict[Key, tuple[int, int]]
+    frames: Counter[str]
 
+    def distance(self, key: Key, block: int) -> int:
+        """How many frames `key` lies outside the front after `block`: 0 means that the next blocks read it."""
+        place = key[-1] - (block + 1) * BLOCK
+        low, high = self.spans.get(_kind(key), NOWHERE)
+        farthest = FINAL if key[:2] == self.final else FAR
+        return min(farthest, max(low - place, place - high, 0))
+
+
+def _kind(key: Key) -> Key:
+    return key[:1] if key[0] == "flow" else key[:2]
+
+
+@lru_cache(maxsize=16)
+def front(recipe: Recipe) -> Front:
+    """The front of a linear pass, found by planning one through a long shot."""
     lead = -(-recipe.reach // BLOCK) + 2
     shots = Shots((lead + 2) * BLOCK + 2 * recipe.reach)
-    ledger = _Ledger(size)
+    made: dict[Key, int] = {}
+    spans: dict[Key, tuple[int, int]] = {}
+
+    def have(key: Key) -> bool:
+        if key not in made:
+            return False
+        if block >= lead and made[key] < block:
+            read, kept = key[-1] - block * BLOCK, key[-1] - (made[key] + 1) * BLOCK
+            low, high = spans.get(_kind(key), (read, kept))
+            spans[_kind(key)] = min(low, read), max(high, kept)
+        return True
+
     for block in range(lead + 2):
-        ledger.counting = block >= lead
-        for task in plan_block(block, recipe, shots, ledger.have).tasks:
-            if task.kind != "decode":
-                for key in task.makes:
-                    ledger.use(key)
-    return ledger.distance
+        for task in plan_block(block, recipe, shots, have).tasks:
+            for key in task.makes:
+                made.setdefault(key, block)
+    result = Front(("latent", recipe.steps), spans, Counter())
+    for key in made:
+        if result.distance(key, block) == 0:
+            result.frames[key[0]] += key[3] - key[2] if key[0] == "v" else 1
+    return result
+
+
+def working_set(recipe: Recipe, latent_bytes: int, clean_bytes: int, flow_bytes: int) -> int:
+    """Bytes a store must hold so that a linear pass computes hardly anything twice, cuts included.
+
+    Args:
+        latent_bytes: of one latent of one frame, and of a frame's part of a prediction.
+        clean_bytes: of one clean latent, raw or propagated.
+        flow_bytes: of one flow pair.
+    """
+    each = {"v": latent_bytes, "latent": latent_bytes, "flow": flow_bytes}
+    held = sum(each.get(kind, clean_bytes) * count for kind, count in front(recipe).frames.items())
+    return held + held // 4 + 2 * WINDOW * latent_bytes

@@ -1,4 +1,4 @@
-"""A byte-budgeted store of latents: least recently used out first.
+"""A byte-budgeted store of latents: the least valuable out first, among equals the least recently used.
 
 The store may forget anything at any time; it changes how long a frame takes, never its pixels. Bytes are counted on
 what is held: a tensor that is a view of a larger one is copied when it comes in, so it pins nothing else.
@@ -6,7 +6,7 @@ what is held: a tensor that is a view of a larger one is copied when it comes in
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,19 +32,30 @@ class Store:
     def __init__(self, budget: int):
         self.budget = budget
         self.counters = Counters()
-        self._entries: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._distance: Callable[[Hashable], int] = lambda key: 0
+        self._shelves: dict[int, OrderedDict[Hashable, Tensor]] = {}  # distance: what lies there, in order of use
+        self._places: dict[Hashable, int] = {}  # key: its shelf, in order of use
         self._bytes = 0
         self._lock = threading.Lock()
+
+    def rank(self, distance: Callable[[Hashable], int]) -> None:
+        """From now on forget the keys of the largest `distance` first."""
+        with self._lock:
+            held = {key: self._shelves[place][key] for key, place in self._places.items()}
+            self._empty()
+            self._distance = distance
+            for key, value in held.items():
+                self._shelve(key, value)
 
     def get(self, key: Hashable) -> Tensor | None:
         """The tensor of `key`, which becomes the most recently used, or None."""
         with self._lock:
-            value = self._entries.get(key)
-            if value is None:
+            if key not in self._places:
                 self.counters.misses += 1
-            else:
-                self.counters.hits += 1
-                self._entries.move_to_end(key)
+                return None
+            self.counters.hits += 1
+            value = self._take(key)
+            self._shelve(key, value)
             return value
 
     def put(self, key: Hashable, value: Tensor) -> Tensor:
@@ -52,11 +63,11 @@ class Store:
         if value.untyped_storage().nbytes() != value.nbytes:
             value = value.clone()
         with self._lock:
-            self._drop(key)
             self.counters.puts += 1
+            if key in self._places:
+                self._take(key)
             if value.nbytes <= self.budget:
-                self._entries[key] = value
-                self._bytes += value.nbytes
+                self._shelve(key, value)
                 self._shrink()
         return value
 
@@ -70,8 +81,7 @@ class Store:
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
-            self._entries.clear()
-            self._bytes = 0
+            self._empty()
 
     @property
     def bytes(self) -> int:
@@ -79,19 +89,31 @@ class Store:
         return self._bytes
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._places)
 
     def __contains__(self, key: Hashable) -> bool:
         """Whether `key` is held; does not count as a use."""
-        return key in self._entries
+        return key in self._places
 
-    def _drop(self, key: Hashable) -> None:
-        old = self._entries.pop(key, None)
-        if old is not None:
-            self._bytes -= old.nbytes
+    def _empty(self) -> None:
+        self._shelves.clear()
+        self._places.clear()
+        self._bytes = 0
+
+    def _shelve(self, key: Hashable, value: Tensor) -> None:
+        place = self._places[key] = self._distance(key)
+        self._shelves.setdefault(place, OrderedDict())[key] = value
+        self._bytes += value.nbytes
+
+    def _take(self, key: Hashable) -> Tensor:
+        place = self._places.pop(key)
+        value = self._shelves[place].pop(key)
+        if not self._shelves[place]:
+            del self._shelves[place]
+        self._bytes -= value.nbytes
+        return value
 
     def _shrink(self) -> None:
         while self._bytes > self.budget:
-            _, old = self._entries.popitem(last=False)
-            self._bytes -= old.nbytes
+            self._take(next(iter(self._shelves[max(self._shelves)])))
             self.counters.evictions += 1
