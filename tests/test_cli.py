@@ -297,3 +297,72 @@ def test_models_commands(folder, run, tmp_path):
     code, said, _ = run("models", "verify", tmp_path / "half")
     assert code == 1 and "config.json does not exist" in said
     assert run("models", "list")[0] == 0
+
+
+def test_compare_shows_input_bicubic_and_result(folder, restored, run, tmp_path):
+    from PIL import Image
+
+    picture = tmp_path / "c.png"
+    code, said, _ = run("compare", folder / "vfr.mkv", restored, picture, "--frame", 3, "--crop", "16,40,64,48")
+    assert code == 0, said
+    shown = np.asarray(Image.open(picture)).astype(int)
+    assert shown.shape == (48, 3 * 64, 3)
+    expected = vs.core.bs.VideoSource(str(restored))[3].resize.Bicubic(format=vs.RGB24).get_frame(0)
+    expected = np.dstack([np.asarray(plane) for plane in expected])[40:88, 16:80]
+    assert np.array_equal(shown[16:, 128:], expected[16:])  # below the name
+    pixels = shown[16:, :64].reshape(8, 4, 16, 4, 3)
+    assert (pixels == pixels[:, :1, :, :1]).all()  # the input's pixels are 4x4 blocks
+    assert np.abs(shown[16:, 64:128] - shown[16:, :64]).mean() < 40  # bicubic is the same picture, smoother
+
+    page = tmp_path / "c.html"
+    code, said, _ = run("compare", folder / "vfr.mkv", restored, page)
+    assert code == 0, said
+    text = page.read_text()
+    assert text.count("data:image/jpeg") == 15 and text.count('type="range"') == 5 and "http" not in text
+
+    both = tmp_path / "c.mkv"
+    code, said, _ = run("compare", folder / "vfr.mkv", restored, both)
+    assert code == 0, said
+    seen = look(both)
+    assert seen["size"] == (256, 96) and seen["shape"] == Fraction(4, 3) and len(seen["times"]["audio"]) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.html", "c.mkv", "c.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["c.gif"], "must end in .png"),
+        (["c.png", "--frame", "99"], "--frame must be between 0 and 19, got 99"),
+        (["c.png", "--crop", "100,0,64,64"], "inside 128x96"),
+        (["c.png", "--crop", "wide"], "--crop is left,top,width,height"),
+        (["c.png", "--start", "0.5"], "has 20 frames, but"),
+    ],
+)
+def test_compare_errors(folder, restored, run, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    code, said, _ = run("compare", folder / "vfr.mkv", restored, *arguments)
+    assert code == 1 and says in said and said.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_info_names_what_is_here(run):
+    code, said, out = run("info")
+    assert code == 0 and said == ""
+    rows = dict(line.split(maxsplit=1) for line in out.splitlines() if len(line.split()) > 1)
+    assert rows["VapourSynth"].startswith("R") and "bs" in rows["plugins"] and "GiB" in rows["cpu"]
+
+
+def test_info_counts_the_calls_a_linear_pass_makes(folder, run):
+    from vsuav.plan import Recipe, plan_block
+    from vsuav.shots import Shots
+
+    code, said, out = run("info", folder / "vfr.mkv", "--model", folder / "model", "--set", "dtype=float32")
+    assert code == 0, said
+    rows = dict(line.split(maxsplit=1) for line in out.replace("U-Net windows", "calls").splitlines())
+    made, calls = set(), 0
+    for block in range(4):  # 20 frames
+        plan = plan_block(block, Recipe(3, 0, frozenset([1]), 16), Shots(20), made.__contains__)
+        calls += plan.calls
+        made |= {key for task in plan.tasks for key in task.makes}
+    assert rows["calls"].split()[0] == str(calls)
+    assert "32x24 -> 128x96" in rows["clip"] and rows["time"].startswith("about") and "steps=3" in rows["settings"]

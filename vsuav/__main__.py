@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 an error (one line on stderr; -v shows where it came from)
 """
 
 import contextlib
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -148,6 +149,66 @@ def restore(
             bar.say(f"vsuav: stopped; the same command goes on from here (latents are in {kept})")
             raise typer.Exit(STOPPED) from None
         console.print(f"vsuav: wrote {target}", markup=False, soft_wrap=True)
+
+
+@app.command(
+    epilog=EXAMPLES + "vsuav compare old.mkv new.mkv page.html\n  "
+    "vsuav compare old.mkv new.mkv picture.png --frame 240 --crop 400,300,320,240\n  "
+    "vsuav compare old.mkv test.mkv both.mp4 --start 1:20"
+)
+def compare(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="What was restored.")],
+    result: Annotated[Path, typer.Argument(metavar="RESULT", help="What became of it.")],
+    target: Annotated[Path, typer.Argument(metavar="OUTPUT", help=".png, .html (a slider), or a video (.mkv, .mp4).")],
+    start: Annotated[str | None, typer.Option(help="Time of INPUT at which RESULT begins.")] = None,
+    frame: Annotated[list[int] | None, typer.Option(help="Frame of RESULT to show; repeatable.")] = None,
+    crop: Annotated[str | None, typer.Option(metavar="X,Y,W,H", help="Show this part of RESULT.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Show the input, the input enlarged by bicubic, and the result next to each other."""
+    with reported(verbose):
+        from vsuav import compare, video
+
+        area = None
+        if crop is not None:
+            if not re.fullmatch(r"\d+(,\d+){3}", crop):
+                raise video.MediaError(f"--crop is left,top,width,height in pixels of RESULT, got {crop!r}")
+            area = tuple(map(int, crop.split(",")))
+        begins = None if start is None else video.seconds(start)
+        with Bar() as bar:
+            compare.compare(source, result, target, begins, tuple(frame or ()), area, bar.frames)
+        console.print(f"vsuav: wrote {target}", markup=False, soft_wrap=True)
+
+
+@app.command(epilog=EXAMPLES + "vsuav info\n  vsuav info old.mkv --preset fast")
+def info(
+    source: Annotated[Path | None, typer.Argument(metavar="INPUT", help="Say what restoring this video costs.")] = None,
+    model: Model = None,
+    preset: Annotated[str | None, typer.Option(help="reference, balanced, fast or preview.")] = None,
+    start: Annotated[str | None, typer.Option(help="From this time.")] = None,
+    end: Annotated[str | None, typer.Option(help="Until this time.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any argument of upscale; repeatable.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Say what is installed, which devices and models there are, and what a video will cost.
+
+    The time is measured: the networks run a few times on frames of the video's size.
+    """
+    with reported(verbose):
+        from vsuav import commands, info, video
+
+        if source is None:
+            rows = info.machine()
+        else:
+            given = commands.parse_settings(settings or [])
+            given |= {name: value for name, value in (("model", model), ("preset", preset)) if value is not None}
+            opened = video.open_video(source)
+            span = opened.between(*(None if time is None else video.seconds(time) for time in (start, end)))
+            rows = info.price(opened, span, given).rows()
+        for name, value in rows:
+            typer.echo(f"{name:<24}{value}")
 
 
 @models_app.command("list")

@@ -87,6 +87,7 @@ def restore(order: Order, reports: Reports) -> None:
         result = ten_bit(upscale(clip, **order.settings, cache_dir=str(cache)))[span.start : span.stop]
         result.set_output()  # the engine stops between two tasks when the outputs are cleared
         writer = Writer(result, video, span, target, order.encoder or DEFAULT_ENCODER)
+        writer.check()
         for line in writer.lost:
             reports.say(f"left out: {line}")
         reports.frames(0, len(span))

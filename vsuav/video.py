@@ -57,6 +57,12 @@ class Video:
         """Seconds from the beginning of the file to frame n."""
         return self.ticks[n] * self.time_base - self.begins
 
+    @property
+    def pixel_shape(self) -> Fraction:
+        """Width / height of a pixel."""
+        props = self.clip.get_frame(0).props
+        return Fraction(int(props.get("_SARNum", 1)) or 1, int(props.get("_SARDen", 1)) or 1)
+
     def between(self, start: float | None, end: float | None) -> range:
         """The frames shown from `start` until before `end`, in seconds from the beginning of the file."""
         slack = Fraction(1, 2000)  # Matroska rounds to milliseconds
@@ -183,9 +189,18 @@ class Writer:
         span: the frames of `video` that it is made of.
         target: file to write; its suffix names the container.
         encoder: ffmpeg's options for the video stream.
+        shape: width / height of the clip's pixels, None: such that it is shown in the shape of `video`.
     """
 
-    def __init__(self, clip: vs.VideoNode, video: Video, span: range, target: Path, encoder: Sequence[str]):
+    def __init__(
+        self,
+        clip: vs.VideoNode,
+        video: Video,
+        span: range,
+        target: Path,
+        encoder: Sequence[str] = DEFAULT_ENCODER,
+        shape: Fraction | None = None,
+    ):
         self._video, self._span, self._target = video, span, target
         self._part = target.with_name(f"{target.stem}.part{target.suffix}")
         self._first = video.ticks[span.start]
@@ -194,8 +209,8 @@ class Writer:
         rate = Fraction(clip.fps) or 25
         props = video.clip.get_frame(span.start).props
         self.options, self.lost = carried_over(video.path, target.suffix.lower())
-        sar = Fraction(int(props.get("_SARNum", 1)) or 1, int(props.get("_SARDen", 1)) or 1)
-        shape = sar * Fraction(clip.height, clip.width) / Fraction(video.clip.height, video.clip.width)
+        stretched = Fraction(clip.height, clip.width) / Fraction(video.clip.height, video.clip.width)
+        shape = shape or video.pixel_shape * stretched
         offset = video.time(span.start)
         cut = []
         if len(span) < len(video.ticks):
@@ -212,6 +227,20 @@ class Writer:
             "-pix_fmt", self._size[2], *encoder, *cut, str(self._part),
         ]  # fmt: skip
         self._rate = rate
+        self._encoder = encoder
+
+    def check(self) -> None:
+        """Encode one grey frame of the clip's size into nothing. Raises MediaError if the encoder cannot do that."""
+        width, height, form = self._size
+        grey = f"color=gray:s={width}x{height}:r={self._rate.numerator}/{self._rate.denominator}"
+        command = [
+            imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-loglevel", "error",
+            "-f", "lavfi", "-i", grey, "-frames:v", "1", "-pix_fmt", form, *self._encoder, "-f", "null", "-",
+        ]  # fmt: skip
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            self._complaints = done.stderr.splitlines()
+            raise MediaError(self._said())
 
     @staticmethod
     def _props(clip: vs.VideoNode, props: vs.FrameProps) -> dict:
@@ -271,8 +300,11 @@ class Writer:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(5)
         self._reader.join(5)
+        return MediaError(self._said())
+
+    def _said(self) -> str:
         said = "; ".join(line for line in self._complaints if line) or "it stopped without a word"
-        return MediaError(f"ffmpeg could not write {self._target}: {said[:500]}")
+        return f"ffmpeg could not write {self._target}: {said[:500]}"
 
 
 class _Pipe:
