@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vsuav"
 FILES = sorted(PACKAGE.glob("*.py"))
 
-COMMAND_LINE = {"__main__", "commands", "video"}
+COMMAND_LINE = {"__main__", "commands", "compare", "info", "video"}
 """The rooms of the command line: the only ones that may write to stdout, and only where the user asked for text."""
 
 DOORS = {
