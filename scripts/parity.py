@@ -14,12 +14,19 @@ case claims, an input that none reads, a noise without output, a file without it
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:  # another Python than the environment's that scripts/test makes: go on with that one
+    environment = Path(__file__).resolve().parents[1] / ".venv"
+    if not (environment / "bin/python").exists() or Path(sys.prefix) == environment:
+        raise
+    os.execv(environment / "bin/python", [environment / "bin/python", *sys.argv])
 from parity_cases import KINDS
 from parity_files import Compared, Comparison, Folder, Mismatch, ParityFile, expect
 from safetensors.torch import load_file
