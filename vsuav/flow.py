@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.optical_flow import raft_large
 
 SMALLEST = 128  # shortest side both estimators see: below, RAFT's coarsest correlation level is a single cell
 
@@ -202,6 +201,8 @@ def raft_names(names: list[str]) -> dict[str, str]:
 
 def raft_network(state: Mapping[str, Tensor]) -> nn.Module:
     """torchvision's RAFT large holding the tensors of a released `raft-things.pth`; every name must fit."""
+    from torchvision.models.optical_flow import raft_large  # takes seconds: only who uses RAFT waits for it
+
     with torch.device("meta"):
         network = raft_large(weights=None)
     renamed = {new: state[old] for old, new in raft_names(list(state)).items()}
