@@ -1,0 +1,510 @@
+"""Train a model, stage by stage, after the strategy of Upscale-A-Video.
+
+    python scripts/train.py STAGE --config scripts/mini.json --data data --out runs/mini [--steps N] [--resume]
+
+    vae        encoder and conditioned decoder of a given code: the strongest components of what enlarging loses
+    unet       the spatial U-Net on pictures: v-prediction, noised low resolution concatenated, level as class label
+    fewstep    the U-Net (later with the decoder) on the DECODED picture, at the states its own sampler really visits
+    temporal   the spatial layers frozen, the temporal ones on clips
+    vae_video  the decoder with its 3-D layers, on clips and latents of the sampler
+    vae_image  the plain decoder, on stills and latents of the sampler
+
+A step is a pure function of the weights, the optimizer and the step's number: the batch and all noise are seeded by
+(seed, stage, step, process). So a run that is stopped and resumed gives the same bits as one that was not. Runs on one
+CPU thread or, through `accelerate launch`, on many GPUs.
+
+    python scripts/train.py temporal --init FOLDER …      starts from any model folder vsuav can load: an inflated
+                                                          Stable Diffusion x4 upscaler, the released one, a bundled one
+"""
+
+import argparse
+import copy
+import csv
+import hashlib
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from degrade import blur, degrade
+from fastnorm import speed_up
+from perceptual import STLPIPS
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from vsuav.checkpoint import load
+from vsuav.flow import DIS, valid, warp
+from vsuav.layers import lay_out
+from vsuav.schedule import Sampler, Schedule
+from vsuav.text import read_prompts
+from vsuav.unet import UNetConfig, UNetVideo, set_temporal, temporal_parameters
+from vsuav.vae import VAE, VAEConfig
+
+STAGES = ("vae", "unet", "fewstep", "temporal", "vae_video", "vae_image")
+LOOKS = ("film grain", "blur", "black and white", "high contrast", "noise", "jpeg artifacts")
+GOOD = ("", "best quality, extremely detailed")
+BAD = "blur, worst quality"
+PROMPTS = (*GOOD, BAD, *LOOKS)
+NETWORKS = ("unet", "vae", "vae_video")
+
+
+def seeded(*parts: Any) -> int:
+    """A 63-bit seed that depends on all parts."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def look(frames: np.ndarray, name: str, rng: np.random.Generator) -> np.ndarray:
+    """What the target of a prompt looks like; "t h w 3" uint8 to the same."""
+    result = []
+    for frame in frames.astype(np.float32):
+        if name in ("blur", BAD):
+            frame = blur(frame, 2.2, 2.2, 0)
+        if name == "film grain":
+            frame = frame + 14 * rng.standard_normal((*frame.shape[:2], 1), dtype=np.float32)
+        elif name == "noise":
+            frame = frame + 16 * rng.standard_normal(frame.shape, dtype=np.float32)
+        elif name == "black and white":
+            frame = np.repeat(frame @ np.array([[0.299], [0.587], [0.114]], np.float32), 3, axis=-1)
+        elif name == "high contrast":
+            frame = (frame - 110) * 1.5 + 110
+        elif name in ("jpeg artifacts", BAD):
+            ok, data = cv2.imencode(".jpg", np.clip(frame, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 12])
+            frame = cv2.imdecode(data, cv2.IMREAD_COLOR).astype(np.float32)
+        result.append(np.clip(frame, 0, 255).round().astype(np.uint8))
+    return np.stack(result)
+
+
+class Batches(Dataset):
+    """Batch k of a stage, a pure function of k: {hr "b 3 t 4h 4w", lr "b 3 t h w" in [-1, 1], prompt (b,) indices}."""
+
+    def __init__(self, folder: Path, stage: dict, seed: int, name: str, rank: int = 0):
+        self.path = folder / stage["data"]
+        self.stage, self.seed, self.name, self.rank = stage, seed, name, rank
+        self.source = np.load(self.path, mmap_mode="r")
+        if self.source.ndim == 4:
+            self.source = self.source[:, None]
+
+    def __len__(self) -> int:
+        return self.stage["steps"]
+
+    def __getitem__(self, k: int) -> dict[str, Tensor]:
+        cv2.setNumThreads(1)
+        rng = np.random.default_rng(seeded(self.seed, self.name, k, self.rank, "data"))
+        size, count = 4 * self.stage["size"], self.stage.get("frames", 1)
+        highs, lows, prompts = [], [], []
+        for _ in range(self.stage["batch"]):
+            clip = self.source[rng.integers(len(self.source))]
+            first = rng.integers(clip.shape[0] - count + 1)
+            y, x = (rng.integers(side - size + 1) for side in clip.shape[1:3])
+            hr = clip[first : first + count, y : y + size, x : x + size]
+            if rng.random() < 0.5:
+                hr = hr[:, :, ::-1]
+            if rng.random() < 0.5:
+                hr = hr.swapaxes(1, 2)
+            if rng.random() < 0.5:
+                hr = hr[::-1] if count > 1 else hr[:, ::-1]
+            hr = np.ascontiguousarray(hr)
+            lr = degrade(hr, rng, strength=rng.uniform(0, self.stage.get("strength", 1.0)))
+            prompt = GOOD[rng.integers(len(GOOD))]
+            if rng.random() < self.stage.get("looks", 0.0):
+                prompt = (*LOOKS, BAD)[rng.integers(len(LOOKS) + 1)]
+                hr = look(hr, prompt, rng)
+            if rng.random() < 0.1:
+                prompt = ""
+            highs.append(hr)
+            lows.append(lr)
+            prompts.append(PROMPTS.index(prompt))
+        as_tensor = lambda parts: torch.from_numpy(np.stack(parts)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1  # noqa: E731
+        return {"hr": as_tensor(highs), "lr": as_tensor(lows), "prompt": torch.tensor(prompts)}
+
+
+class Learner(nn.Module):
+    """The networks and the losses of every stage. `forward` gives the losses of one batch, their sum as "loss"."""
+
+    def __init__(
+        self, networks: dict[str, nn.Module], schedule: Schedule, stage: dict, name: str, states: Tensor, basis: Tensor
+    ):
+        super().__init__()
+        self.unet, self.vae, self.vae_video = (networks[key] for key in NETWORKS)
+        self.schedule, self.stage, self.name = schedule, stage, name
+        self.register_buffer("states", states, persistent=False)
+        self.register_buffer("basis", basis, persistent=False)
+        self.register_buffer("alphas", schedule.alphas_cumprod.clone(), persistent=False)
+        self.perceptual: list[nn.Module] = []
+        set_temporal(self.unet, name in ("temporal", "vae_video"))
+
+    def trainable(self) -> dict[str, list[str]]:
+        """Group -> names of the parameters this stage trains."""
+        names = [name for name, _ in self.named_parameters()]
+        only = lambda *starts: [n for n in names if n.startswith(starts)]  # noqa: E731
+        plain = only("vae.decoder.", "vae.post_quant_conv.")
+        video = only("vae_video.decoder.", "vae_video.post_quant_conv.")
+        new = [n for n in video if "_3d." in n]
+        flat = [n for n in video if n not in new]
+        time_ = {f"unet.{name}" for name in temporal_parameters(self.unet)}
+        return {
+            "vae": {"encoder": only("vae.encoder.", "vae.quant_conv."), "decoder": flat},
+            "unet": {"unet": [n for n in only("unet.") if n not in time_]},
+            "fewstep": {"unet": [n for n in only("unet.") if n not in time_], "decoder": flat},
+            "temporal": {"unet": sorted(time_)},
+            "vae_video": {"decoder": flat, "new": new},
+            "vae_image": {"decoder": plain},
+        }[self.name]
+
+    def latents(self, hr: Tensor) -> Tensor:
+        """The code "b 4 t h w" of frames: the strongest principal components, over 4x4 pixels, of what they lose by
+        averaging and bicubic enlarging, at unit variance. A fixed linear code, so that nothing can collapse."""
+        b, _, t = hr.shape[:3]
+        x = hr.transpose(1, 2).flatten(0, 1).float()
+        lost = x - F.interpolate(F.avg_pool2d(x, 4), scale_factor=4, mode="bicubic", align_corners=False)
+        code = torch.einsum("nkhw,ck->nchw", F.pixel_unshuffle(lost, 4), self.basis)
+        return code.unflatten(0, (b, t)).transpose(1, 2)
+
+    def decode(self, z: Tensor, lr: Tensor) -> Tensor:
+        """Decoded in chunks of three frames, as when the model is used."""
+        vae = self.vae if self.name == "vae_image" else self.vae_video
+        parts = zip((z / vae.config.scaling_factor).split(3, dim=2), lr.split(3, dim=2), strict=True)
+        return torch.cat([vae.decode(a, b).float() for a, b in parts], dim=2)
+
+    def percept(self, result: Tensor, truth: Tensor) -> Tensor:
+        """stLPIPS (alex) on one random window of every frame."""
+        side = min(self.stage.get("window", 64), result.shape[-1])
+        y, x = (int(torch.randint(length - side + 1, ())) for length in result.shape[-2:])
+        cut = lambda v: v[..., y : y + side, x : x + side].transpose(1, 2).flatten(0, 1)  # noqa: E731
+        return self.perceptual[0](cut(result), cut(truth)).mean()
+
+    def window(self, z: Tensor, batch: dict) -> tuple[Tensor, dict]:
+        """A random part of the latents, and the batch's frames there: decoding is what costs most."""
+        side = min(self.stage.get("decode", z.shape[-1]), z.shape[-1])
+        y, x = (int(torch.randint(length - side + 1, ())) for length in z.shape[-2:])
+        cut = lambda v, k: v[..., k * y : k * (y + side), k * x : k * (x + side)]  # noqa: E731
+        return cut(z, 1), {**batch, "lr": cut(batch["lr"], 1), "hr": cut(batch["hr"], 4)}
+
+    def predict(self, x: Tensor, timestep: Tensor | int, lr: Tensor, prompt: Tensor, level: Tensor) -> Tensor:
+        return self.unet(x, timestep, lr, self.states[prompt], level).float()
+
+    def noised(self, lr: Tensor, level: int) -> Tensor:
+        a = self.alphas[level]
+        return a.sqrt() * lr + (1 - a).sqrt() * torch.randn_like(lr)
+
+    def visit(self, batch: dict, sampler: Sampler, stop: int, lr: Tensor, level: Tensor, shape: Tensor) -> Tensor:
+        """The state the sampler is in before step `stop`, without gradients."""
+        x = torch.randn_like(shape)
+        with torch.no_grad():
+            for i in range(stop):
+                v = self.predict(x, sampler.timesteps[i], lr, batch["prompt"], level)
+                x = sampler.advance(i, x, v, sampler.predict(i, x, v))
+        return x
+
+    def forward(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        return getattr(self, f"loss_{self.name}")(batch, step / self.stage["steps"])
+
+    def loss_vae(self, batch: dict, progress: float) -> dict[str, Tensor]:
+        z = self.latents(batch["hr"])
+        coded = (self.vae.encode(batch["hr"])[0].float() - z).square().mean()
+        result = self.decode(z + torch.randn_like(z) * torch.rand(()) * 0.5, batch["lr"])
+        l1 = (result - batch["hr"]).abs().mean()
+        percept = self.percept(result, batch["hr"])
+        return {"loss": l1 + 0.1 * percept + 0.05 * coded, "l1": l1, "percept": percept, "coded": coded}
+
+    def loss_vae_image(self, batch: dict, progress: float) -> dict[str, Tensor]:
+        estimate, _, _, level = self.sampled(batch, grad=False)
+        return self.picture(self.decode(estimate, batch["lr"]), batch, level)
+
+    def loss_unet(self, batch: dict, progress: float) -> dict[str, Tensor]:
+        with torch.no_grad():
+            z = self.latents(batch["hr"])
+        level = self.level()
+        used = torch.tensor(Sampler(self.schedule, 4, "ddim", "trailing").timesteps)
+        t = torch.where(
+            torch.rand(len(z)) < 0.5, used[torch.randint(len(used), (len(z),))], torch.randint(1000, (len(z),))
+        ).to(z.device)
+        a = self.alphas[t].view(-1, 1, 1, 1, 1)
+        noise = torch.randn_like(z)
+        x = a.sqrt() * z + (1 - a).sqrt() * noise
+        v = self.predict(x, t, self.noised(batch["lr"], level), batch["prompt"], self.label(z, level))
+        loss = (v - (a.sqrt() * noise - (1 - a).sqrt() * z)).square().mean()
+        return {"loss": loss}
+
+    def level(self) -> int:
+        """Half the batches for fidelity (0 … 2), half for detail (40 … 120): a knob needs two clear ends."""
+        return int(torch.randint(0, 3, ())) if torch.rand(()) < 0.5 else int(torch.randint(40, 121, ()))
+
+    def label(self, z: Tensor, level: int) -> Tensor:
+        return torch.full((len(z),), level, device=z.device)
+
+    def sampled(self, batch: dict, grad: bool) -> tuple[Tensor, Tensor, float, int]:
+        """Clean estimate at a random step of the sampler; also the clean latents, the step's weight, the level."""
+        with torch.no_grad():
+            z = self.latents(batch["hr"])
+        level = self.level()
+        counts, weights = self.stage["sampler"]["steps"], self.stage["sampler"]["weights"]
+        count = counts[int(torch.multinomial(torch.tensor(weights, dtype=torch.float), 1))]
+        sampler = Sampler(self.schedule, count, "ddim", "trailing")
+        share = torch.tensor([1.6] + [1.0] * (count - 1))
+        i = int(torch.multinomial(share, 1)) if grad and self.name == "fewstep" else count - 1
+        lr, label = self.noised(batch["lr"], level), self.label(z, level)
+        x = self.visit(batch, sampler, i, lr, label, z)
+        with torch.set_grad_enabled(grad):
+            estimate = sampler.predict(i, x, self.predict(x, sampler.timesteps[i], lr, batch["prompt"], label))
+        return estimate, z, (i + 1) / count, level
+
+    def picture(self, result: Tensor, batch: dict, level: int, place: float = 1.0) -> dict[str, Tensor]:
+        """L1 and stLPIPS weighed by the noise level: fidelity below 3, detail above. Early steps count pixels more."""
+        l1 = (result - batch["hr"]).abs().mean()
+        percept = self.percept(result, batch["hr"])
+        loss = 2.5 * l1 + 0.1 * percept if level < 3 else l1 + self.stage.get("detail", 0.7) * place * percept
+        return {"loss": loss, "l1": l1, "percept": percept, "fidelity": torch.tensor(float(level < 3))}
+
+    def loss_fewstep(self, batch: dict, progress: float) -> dict[str, Tensor]:
+        estimate, z, place, level = self.sampled(batch, grad=True)
+        part, batch = self.window(estimate, batch)
+        losses = self.picture(self.decode(part, batch["lr"]), batch, level, place)
+        losses["latent"] = (estimate - z).square().mean()
+        losses["loss"] = losses["loss"] + self.stage.get("latent", 0.1) * losses["latent"]
+        return losses
+
+    def loss_temporal(self, batch: dict, progress: float) -> dict[str, Tensor]:
+        estimate, z, _, level = self.sampled(batch, grad=True)
+        return self.clip_losses(self.decode(estimate, batch["lr"]), batch, level)
+
+    def loss_vae_video(self, batch: dict, progress: float) -> dict[str, Tensor]:
+        estimate, _, _, level = self.sampled(batch, grad=False)
+        return self.clip_losses(self.decode(estimate, batch["lr"]), batch, level)
+
+    def clip_losses(self, result: Tensor, batch: dict, level: int) -> dict[str, Tensor]:
+        """The picture losses, and what the result changes along the flow where the truth does not."""
+        losses = self.picture(result, batch, level)
+        losses["flicker"] = flicker(result, batch["hr"])
+        losses["loss"] = losses["loss"] + self.stage.get("flicker", 1.0) * losses["flicker"]
+        return losses
+
+
+def flicker(result: Tensor, truth: Tensor) -> Tensor:
+    """Mean difference of `result` to its next frame warped along the truth's flow (DIS), where that flow holds."""
+    dis, total, weight = DIS(), 0.0, 0.0
+    for clip, true in zip(result, truth, strict=True):
+        for i in range(clip.shape[1] - 1):
+            there, back = (f[None].to(clip.device) for f in dis(true[:, i].cpu(), true[:, i + 1].cpu()))
+            mask = valid(there, back, 0.01, 0.5) * warp(torch.ones_like(there[:, :1]), there, "bilinear").gt(0.999)
+            difference = warp(clip[:, i + 1][None], there, "bilinear") - clip[:, i][None]
+            total = total + (difference.abs() * mask).mean()
+            weight = weight + mask.mean()
+    return total / weight.clamp(min=1e-3) if torch.is_tensor(weight) else result.sum() * 0
+
+
+class Average:
+    """Exponential moving average of the trained parameters, slower as the run grows."""
+
+    def __init__(self, parameters: dict[str, Tensor], decay: float):
+        self.values = {name: p.detach().clone() for name, p in parameters.items()}
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, parameters: dict[str, Tensor], step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, p in parameters.items():
+            self.values[name].lerp_(p, 1 - decay)
+
+
+def build(config: dict) -> dict[str, nn.Module]:
+    torch.manual_seed(config["seed"])
+    networks = {"unet": UNetVideo(UNetConfig.from_dict(config["unet"]))}
+    networks |= {key: VAE(VAEConfig.from_dict(config[key])) for key in ("vae", "vae_video")}
+    with torch.no_grad():
+        for key in ("vae", "vae_video"):
+            if networks[key].config.bicubic_skip:
+                networks[key].decoder.conv_out.weight.mul_(0.05)
+                networks[key].decoder.conv_out.bias.zero_()
+    return networks
+
+
+def give(networks: dict[str, nn.Module], source: Path) -> None:
+    """Fill the networks from a weights file of this script, or from a model folder of any kind vsuav loads."""
+    if source.is_dir():
+        models = load(source)
+        found = {"unet": models.unet, "vae": models.vae, "vae_video": models.video_vae or models.vae}
+        for key, network in networks.items():
+            network.load_state_dict(found[key].state_dict())
+        return
+    saved = torch.load(source, map_location="cpu", weights_only=True)["weights"]
+    for key, network in networks.items():
+        if key in saved:
+            network.load_state_dict(saved[key])
+
+
+def write_atomically(path: Path, content: Any) -> None:
+    part = path.with_name(path.name + ".part")
+    torch.save(content, part)
+    os.replace(part, path)
+
+
+def rate(stage: dict, step: int) -> float:
+    """Warm-up, then a cosine down to 2 %."""
+    warm = min(1.0, (step + 1) / stage.get("warmup", 100))
+    return warm * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / stage["steps"])))
+
+
+def train(
+    name: str, config: dict, data: Path, out: Path, *, steps: int | None = None, stop: int | None = None,
+    init: Path | None = None, resume: bool = False, log_every: int = 50, save_every: int = 500, workers: int = 0,
+    worker_core: int | None = None,
+) -> Path:  # fmt: skip
+    """Run a stage (until step `stop` if given); returns the file of its averaged weights, OUT/STAGE.pt."""
+    stage = {**config["stages"][name], **({"steps": steps} if steps else {})}
+    accelerator = Accelerator(mixed_precision=config.get("precision", "bf16"), cpu=not torch.cuda.is_available())
+    networks = build(config)
+    before = init or next((out / f"{s}.pt" for s in stage.get("after", []) if (out / f"{s}.pt").exists()), None)
+    if before is not None:
+        give(networks, before)
+    states = read_prompts(data / "prompts.safetensors")
+    learner = Learner(
+        networks, Schedule.from_config(config["scheduler"]), stage, name, torch.stack([states[p] for p in PROMPTS]),
+        torch.from_numpy(np.load(data / "basis.npy")),
+    )
+    groups = learner.trainable()
+    learner.requires_grad_(False)
+    parameters = dict(learner.named_parameters())
+    trained = {n: parameters[n] for names in groups.values() for n in names}
+    for p in trained.values():
+        p.requires_grad_(True)
+    lay_out(learner)
+    speed_up(learner)
+    if name != "unet":
+        learner.perceptual.append(STLPIPS(config.get("stlpips") or data / "packages").to(accelerator.device))
+    optimizer = torch.optim.AdamW(
+        [{"params": [parameters[n] for n in names], "base": stage["rates"][g]} for g, names in groups.items()],
+        lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4,
+    )  # fmt: skip
+    average = Average(trained, stage.get("ema", 0.998))
+    wrapped, optimizer = accelerator.prepare(learner, optimizer)
+    out.mkdir(parents=True, exist_ok=True)
+    start, checkpoint = 0, out / f"{name}.state.pt"
+    if resume and checkpoint.exists():
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        start = saved["step"]
+        with torch.no_grad():
+            for n, p in trained.items():
+                p.copy_(saved["trained"][n])
+        average.values = {n: v.to(accelerator.device) for n, v in saved["average"].items()}
+        optimizer.load_state_dict(saved["optimizer"])
+        lay_out(learner)
+
+    def save(step: int) -> Path:
+        target = out / f"{name}.pt"
+        if accelerator.is_main_process:
+            content = {
+                "step": step, "trained": {n: p.detach() for n, p in trained.items()}, "average": average.values,
+                "optimizer": optimizer.state_dict(),
+            }  # fmt: skip
+            write_atomically(checkpoint, content)
+            weights = {k: copy.copy(n.state_dict()) for k, n in networks.items()}
+            for full, value in average.values.items():
+                key, _, rest = full.partition(".")
+                weights[key][rest] = value
+            write_atomically(target, {"weights": weights, "stage": name, "step": step, "config": config})
+        return target
+
+    def one_core(_: int) -> None:
+        torch.set_num_threads(1)
+        if worker_core is not None:
+            os.sched_setaffinity(0, {worker_core})
+            os.nice(10)
+
+    batches = Batches(data, stage, config["seed"], name, accelerator.process_index)
+    order = range(start, stop or stage["steps"])
+    loader = DataLoader(
+        batches, batch_size=None, sampler=order, num_workers=workers, worker_init_fn=one_core,
+        prefetch_factor=4 if workers else None, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    log, began = [], time.time()
+    frozen_until = stage.get("decoder_frozen", 0.0)
+    step = start
+    for step, batch in zip(order, loader, strict=True):
+        batch = {k: v.to(accelerator.device) for k, v in batch.items()}
+        torch.manual_seed(seeded(config["seed"], name, step, accelerator.process_index))
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * rate(stage, step)
+        if frozen_until and "decoder" in groups:
+            for n in groups["decoder"]:
+                parameters[n].requires_grad_(step >= frozen_until * stage["steps"])
+        losses = wrapped(batch, step)
+        if not torch.isfinite(losses["loss"]):
+            raise FloatingPointError(f"train: the loss of step {step} is {losses['loss']}; resume at a lower rate")
+        accelerator.backward(losses["loss"])
+        accelerator.clip_grad_norm_([p for p in trained.values() if p.grad is not None], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(trained, step)
+        log.append({k: v.item() for k, v in losses.items()})
+        if len(log) == log_every:
+            row = {k: sum(entry[k] for entry in log) / len(log) for k in log[0]}
+            if accelerator.is_main_process:
+                record(out / f"{name}.csv", {"step": step + 1, "seconds": round(time.time() - began, 1), **row})
+            log = []
+        if (step + 1) % save_every == 0:
+            save(step + 1)
+            if accelerator.is_main_process:
+                curves(out / f"{name}.csv")
+    return save(step + 1 if len(order) else start)
+
+
+def record(path: Path, row: dict[str, float]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(row)
+        writer.writerow(f"{value:.5g}" for value in row.values())
+
+
+def curves(path: Path) -> None:
+    """The CSV's columns over the steps, as PATH.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    names = [n for n in rows[0] if n not in ("step", "seconds", "fidelity")] if rows else []
+    figure, axes = pyplot.subplots(1, max(1, len(names)), figsize=(4 * max(1, len(names)), 3), squeeze=False)
+    for axis, column in zip(axes[0], names, strict=False):
+        axis.plot([float(r["step"]) for r in rows], [float(r[column]) for r in rows])
+        axis.set_title(column)
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"))
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train one stage of a model.")
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--config", type=Path, default=Path(__file__).with_name("mini.json"))
+    parser.add_argument("--data", type=Path, default=Path("data"), help="what make_data.py wrote")
+    parser.add_argument("--out", type=Path, default=Path("runs/mini"))
+    parser.add_argument("--init", type=Path, help="start from this weights file or model folder")
+    parser.add_argument("--steps", type=int, help="length of the stage, instead of the config's")
+    parser.add_argument("--resume", action="store_true", help="go on where this stage was stopped")
+    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--workers", type=int, default=0, help="processes that make batches")
+    parser.add_argument("--worker-core", type=int, help="the core the workers run on (default: anywhere)")
+    args = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    config = json.loads(args.config.read_text())
+    done = train(
+        args.stage, config, args.data, args.out, steps=args.steps, init=args.init, resume=args.resume,
+        save_every=args.save_every, workers=args.workers, worker_core=args.worker_core,
+    )  # fmt: skip
+    print(done)
+
+
+if __name__ == "__main__":
+    main()
