@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from vsuav.disk import Disk
+from vsuav.flow import valid
 from vsuav.networks import Networks
 from vsuav.plan import BLOCK, Key, Plan, Task, cone, front, plan_block, plan_latents, working_set
-from vsuav.propagation import link
+from vsuav.propagation import blend
 from vsuav.shots import Shots
 from vsuav.store import Store
 from vsuav.tiling import merge
@@ -64,7 +65,7 @@ class Engine:
     def working_set(self, height: int, width: int) -> int:
         """Bytes a linear pass over input frames of this size must keep to compute hardly anything twice."""
         pixels = 4 * height * width
-        return working_set(self.networks.recipe, pixels * self.networks.latent_dtype.itemsize, 4 * pixels, 4 * pixels)
+        return working_set(self.networks.recipe, pixels * self.networks.latent_dtype.itemsize, 4 * pixels, 6 * pixels)
 
     def run(
         self,
@@ -186,7 +187,10 @@ class Engine:
         return (prediction.to(self.networks.latent_dtype),)
 
     def _flow(self, task: Task, held, shots, sources) -> tuple[Tensor]:
-        return (self.networks.flow(*(sources[n] for n in task.frames)),)
+        """Both flows and where each can be trusted: "6 h w"."""
+        flows = self.networks.flow(*(sources[n] for n in task.frames))
+        forward, backward = flows[None].split(2, dim=1)
+        return (torch.cat([flows, valid(forward, backward)[0], valid(backward, forward)[0]]),)
 
     def _prediction(self, task: Task, held) -> tuple[Tensor, Tensor]:
         """Latent and merged prediction of the task's frame, both float32."""
@@ -202,16 +206,20 @@ class Engine:
         values: dict[int, Tensor] = {}
         for n in reversed(task.frames):
             current = held["x0", task.step, n]
-            flows = held["flow", n].split(2) if values else ()
-            values[n] = link(current, values[n + 1], *flows) if values else current
+            if values:
+                pair = held["flow", n]
+                current = blend(current, values[n + 1], pair[0:2], pair[4:5])
+            values[n] = current
         return [values[key[2]] for key in task.makes]
 
     def _forward(self, task: Task, held, shots, sources) -> list[Tensor]:
         values: dict[int, Tensor] = {}
         for n in task.frames:
             current = held["back", task.step, n]
-            flows = reversed(held["flow", n - 1].split(2)) if values else ()
-            values[n] = link(current, values[n - 1], *flows) if values else current
+            if values:
+                pair = held["flow", n - 1]
+                current = blend(current, values[n - 1], pair[2:4], pair[5:6])
+            values[n] = current
         return [values[key[2]] for key in task.makes]
 
     def _step(self, task: Task, held, shots, sources) -> list[Tensor]:

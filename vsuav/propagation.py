@@ -35,13 +35,26 @@ def link(
     back_flow  from the neighbour to the current frame
     The blend is float32, the result has the dtype of `current`.
     """
+    trusted = valid(flow[None], back_flow[None], alpha1, alpha2)[0]
+    return blend(current, source, flow, trusted, fuse_scale, mode, interpolation)
+
+
+def blend(
+    current: Tensor,
+    source: Tensor,
+    flow: Tensor,
+    trusted: Tensor,
+    fuse_scale: float = 0.5,
+    mode: str = "fuse",
+    interpolation: str = "nearest",
+) -> Tensor:
+    """`link` where it is known already which pixels of the flow are valid: `trusted` "1 h w", 1 or 0."""
     if mode not in ("fuse", "copy"):
         raise ValueError(f"link: mode must be fuse or copy, got {mode!r}")
-    trusted = valid(flow[None], back_flow[None], alpha1, alpha2)[0].bool()
     warped = warp(source[None], flow[None], interpolation)[0]
     if mode == "fuse":
         warped = (fuse_scale * warped.float() + (1 - fuse_scale) * current.float()).to(current.dtype)
-    return torch.where(trusted, warped, current)
+    return torch.where(trusted.bool(), warped, current)
 
 
 def propagate(x: Tensor, forward: Tensor, backward: Tensor, **options) -> Tensor:
