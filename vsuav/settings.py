@@ -41,8 +41,10 @@ FALLBACK: dict[str, Any] = {
     "guidance_scale": 1.0, "propagation_steps": (),
 }  # fmt: skip
 
-NOT_IN_DIGEST = frozenset({"prompts", "device", "threads"})
-"""Prompts are keyed shot by shot; device and threads are resolved and keyed with the networks."""
+NOT_IN_DIGEST = frozenset(
+    {"prompts", "device", "threads", "video_vae", "color_fix", "scene_detect", "scene_threshold", "max_shot"}
+)
+"""Prompts and cuts are keyed frame by frame, device and threads with the networks; the decoder comes after latents."""
 
 
 @dataclass(frozen=True)
