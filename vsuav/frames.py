@@ -16,11 +16,15 @@ FIELD_ORDERS = {1: "bottom field first", 2: "top field first"}
 
 @dataclass(frozen=True)
 class Look:
-    """How the pixels of a clip are to be read: format, matrix code (None for RGB and GRAY), full or limited range."""
+    """How the pixels of a clip are to be read: format, matrix code (None for RGB and GRAY), full or limited range.
+
+    `unsaid` names the properties that the result states although the first frame leaves them open.
+    """
 
     format: vs.VideoFormat
     matrix: int | None
     full_range: bool
+    unsaid: tuple[str, ...] = ()
 
     @property
     def range(self) -> int:
@@ -66,7 +70,8 @@ def inspect(clip: vs.VideoNode) -> Look:
         full = clip.format.color_family == vs.RGB
     else:
         full = int(named) == (vs.RANGE_FULL if "_Range" in first else 0)
-    return Look(clip.format, matrix, full)
+    unsaid = tuple(name for name in ("_Transfer", "_Primaries") if int(first.get(name, UNSPECIFIED)) == UNSPECIFIED)
+    return Look(clip.format, matrix, full, unsaid)
 
 
 def download(clip: vs.VideoNode) -> vs.VideoNode:
@@ -104,19 +109,13 @@ def give_back(rgb: vs.VideoNode, source: vs.VideoNode, look: Look, width: int, h
     else:
         matrix = {} if look.matrix is None else {"matrix": look.matrix}
         result = rgb.resize.Bicubic(format=target.id, range_in=int(vs.RANGE_FULL), range=look.range, **matrix, **dither)
-    return vs.core.std.CopyFrameProps(result, download(source)).std.SetFrameProps(**described(source, look))
+    return vs.core.std.CopyFrameProps(result, download(source)).std.SetFrameProps(**described(look))
 
 
-def described(source: vs.VideoNode, look: Look) -> dict[str, int]:
-    """Properties the result states although the source's first frame leaves them open."""
-    first = download(source).get_frame(0).props
-    props = {"_FieldBased": 0}
-    if look.format.color_family == vs.RGB:
-        props["_Matrix"] = 0
-    for name in ("_Transfer", "_Primaries"):
-        if int(first.get(name, UNSPECIFIED)) == UNSPECIFIED:
-            props[name] = BT709
-    return props
+def described(look: Look) -> dict[str, int]:
+    """Properties the result states whatever the source says."""
+    matrix = {"_Matrix": 0} if look.format.color_family == vs.RGB else {}
+    return {"_FieldBased": 0, **matrix, **dict.fromkeys(look.unsaid, BT709)}
 
 
 def to_tensor(frame: vs.VideoFrame) -> Tensor:
