@@ -232,7 +232,9 @@ class Restorer:
         compared = vs.core.std.PlaneStats(luma, before)
         blank = self._blank.std.Loop(self._length)
         inputs = [blank, compared] + ([self._rgb] if self.engine.disk else [])
-        return blank.std.ModifyFrame(inputs, functools.partial(_record, self._records))
+        evidence = blank.std.ModifyFrame(inputs, functools.partial(_record, self._records))
+        evidence.std.SetVideoCache(mode=0)  # a cached frame would bring no record
+        return evidence
 
     def _gather_evidence(self, n: int) -> vs.VideoNode:
         self._check_budget()
@@ -271,7 +273,7 @@ class Restorer:
     def _run(self, block: int, shots: Shots, gathered: dict[int, Tensor], n: int, f: list) -> vs.VideoFrame:
         result = f[0].copy()
         try:
-            pictures = self.engine.run(block, shots, gathered, self._life.alive, self._life.progress(block))
+            pictures = self.engine.run(block, shots, gathered, self._life.watch(), self._life.progress(block))
         except Missing:
             result.props["uav_missing"] = 1
             return result
@@ -343,19 +345,22 @@ class Life:
     def __init__(self):
         self._environment = vs.get_current_environment()
         self._stopped = threading.Event()
-        self._had_outputs = False
         self._said = 0.0
         vs.register_on_destroy(functools.partial(_stop, weakref.ref(self)))
 
-    def alive(self) -> bool:
-        """False once the environment is being destroyed, or its outputs were set and have been cleared."""
-        if self._stopped.is_set() or not self._environment.alive:
+    def watch(self) -> Callable[[], bool]:
+        """Whether a request that comes now is still wanted, to be asked again and again.
+
+        It is not once the environment is being destroyed, or its outputs, there when the request came, were cleared.
+        """
+        shown = self._shown()
+        return lambda: not self._stopped.is_set() and self._environment.alive and (not shown or self._shown())
+
+    def _shown(self) -> bool:
+        if not self._environment.alive:
             return False
         with self._environment.use():
-            outputs = bool(vs.get_outputs())
-        gone = self._had_outputs and not outputs
-        self._had_outputs = self._had_outputs or outputs
-        return not gone
+            return bool(vs.get_outputs())
 
     def warn(self, line: str) -> None:
         """Write a line to VapourSynth's log."""
