@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import layouts
 import pytest
 import torch
-import toys
 from safetensors.torch import load_file, save_file
 
 from vsuav import checkpoint
@@ -24,7 +24,7 @@ MANIFESTS = Path(__file__).parent / "manifests"
 def folders(tmp_path_factory):
     """One folder of each kind. Tests that spoil one work on a copy (`spoilt`)."""
     root = tmp_path_factory.mktemp("models")
-    return {kind: write(root / kind) for kind, write in toys.WRITERS.items()}
+    return {kind: write(root / kind) for kind, write in layouts.WRITERS.items()}
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_released_sizes(name):
 def test_video_folders_come_back(folders, kind):
     models = load(folders[kind])
     assert models.kind == kind and models.path == folders[kind]
-    for loaded, written in zip((models.unet, models.vae, models.video_vae), toys.networks(), strict=True):
+    for loaded, written in zip((models.unet, models.vae, models.video_vae), layouts.networks(), strict=True):
         ours, theirs = loaded.state_dict(), written.state_dict()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -77,11 +77,11 @@ def test_video_folders_come_back(folders, kind):
         assert len(list(loaded.parameters())) == len(list(written.parameters()))  # the frequencies stay one tensor
     args = inputs(models.unet.config, 3)
     with torch.no_grad():
-        reference = toys.networks()[0].requires_grad_(False)  # torch rounds otherwise where weights want gradients
+        reference = layouts.networks()[0].requires_grad_(False)  # torch rounds otherwise where weights want gradients
         assert torch.equal(models.unet(*args), reference(*args))
     assert models.schedule.prediction_type == "v_prediction" and models.schedule.steps_offset == 1
     assert models.low_res_schedule.beta_schedule == "scaled_linear"
-    assert models.text.encode(toys.PROMPTS[0]).shape == (5, toys.WIDTH)
+    assert models.text.encode(layouts.PROMPTS[0]).shape == (5, layouts.WIDTH)
     assert models.raft is None
     with pytest.raises(ModelError, match="flow='dis'"):
         models.raft_network()
@@ -89,7 +89,7 @@ def test_video_folders_come_back(folders, kind):
 
 def test_defaults_and_presets(folders):
     own = load(folders["vsuav"])
-    assert own.defaults == toys.DEFAULTS | {"video_vae": False} and own.presets == toys.PRESETS
+    assert own.defaults == layouts.DEFAULTS | {"video_vae": False} and own.presets == layouts.PRESETS
     released = load(folders["uav"])
     assert (released.defaults["noise_level"], released.defaults["preset"]) == (120, "reference")
     assert released.defaults["negative_prompt"] == "blur, worst quality"
@@ -212,7 +212,7 @@ def test_digest_is_of_contents_not_of_layout(folders, spoilt):
     save_file(tensors, path)
     assert load(folder).digest != load(folders["uav"]).digest
     folder = spoilt("vsuav")
-    toys.write_json(folder / "scheduler" / "scheduler_config.json", toys.SCHEDULER | {"beta_end": 0.0200001})
+    layouts.write_json(folder / "scheduler" / "scheduler_config.json", layouts.SCHEDULER | {"beta_end": 0.0200001})
     assert load(folder).digest != load(folders["vsuav"]).digest
 
 
@@ -304,10 +304,10 @@ def test_broken_json(spoilt, name):
 
 def test_settings_the_networks_do_not_have(spoilt):
     folder = spoilt("uav-diffusers")
-    toys.write_json(folder / "unet" / "config.json", toys.UNET | {"act_fn": "gelu"})
+    layouts.write_json(folder / "unet" / "config.json", layouts.UNET | {"act_fn": "gelu"})
     assert "act_fn must be 'silu', got 'gelu'" in refused(folder)
-    toys.write_json(folder / "unet" / "config.json", toys.UNET)
-    toys.write_json(folder / "scheduler" / "scheduler_config.json", toys.SCHEDULER | {"beta_schedule": "cosine"})
+    layouts.write_json(folder / "unet" / "config.json", layouts.UNET)
+    layouts.write_json(folder / "scheduler" / "scheduler_config.json", layouts.SCHEDULER | {"beta_schedule": "cosine"})
     assert "cosine" in refused(folder)
 
 
@@ -339,7 +339,7 @@ def test_truncated_and_malicious_weights(spoilt, tmp_path):
 def test_stored_states_must_fit_the_network(spoilt):
     folder = spoilt("vsuav")
     save_file({"0": torch.zeros(5, 7)}, folder / "prompts.safetensors", metadata={"prompts": '["x"]'})
-    assert f"(5, 7), the U-Net takes (l, {toys.WIDTH})" in refused(folder)
+    assert f"(5, 7), the U-Net takes (l, {layouts.WIDTH})" in refused(folder)
 
 
 @pytest.fixture
@@ -405,7 +405,7 @@ for folder in big:
 
 def test_loading_needs_the_weights_about_once(folders, tmp_path):
     """A U-Net of 130 MB, as pickle and as safetensors: the process grows by much less than twice that."""
-    config = toys.UNET | {"block_out_channels": [64, 512], "norm_num_groups": 32, "temporal_norm_num_groups": 32}
+    config = layouts.UNET | {"block_out_channels": [64, 512], "norm_num_groups": 32, "temporal_norm_num_groups": 32}
     with torch.device("meta"):
         network = UNetVideo(UNetConfig.from_dict(config))
     tensors = {n: torch.full(p.shape, 0.01) for n, p in network.named_parameters()}
@@ -413,7 +413,7 @@ def test_loading_needs_the_weights_about_once(folders, tmp_path):
                             ("uav-diffusers", "diffusion_pytorch_model.safetensors", "config.json")):  # fmt: skip
         folder = Path(shutil.copytree(folders[kind], tmp_path / kind))
         (folder / "vae" / vae).unlink()
-        toys.write_json(folder / "unet" / unet, config)
+        layouts.write_json(folder / "unet" / unet, config)
     torch.save(tensors, tmp_path / "uav" / "unet" / "unet_video.bin")
     save_file(tensors, tmp_path / "uav-diffusers" / "unet" / "diffusion_pytorch_model.safetensors")
     del tensors
