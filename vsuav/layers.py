@@ -64,6 +64,60 @@ def concat(a: Tensor, b: Tensor) -> Tensor:
     return video(torch.cat([memory(a), memory(b)], dim=-1))
 
 
+def _fused_dtypes() -> set[torch.dtype]:
+    """Types for which this machine's CPU library has linear layers with a sum, a product or a GELU built in."""
+    operators = torch.ops.mkldnn
+    if not (torch.backends.mkldnn.is_available() and hasattr(operators, "_linear_pointwise")):
+        return set()
+    return {torch.float32} | ({torch.bfloat16} if operators._is_mkldnn_bf16_supported() else set())
+
+
+FUSED_DTYPES = _fused_dtypes()
+
+
+def fused(x: Tensor, weight: Tensor) -> bool:
+    """Is this inference on a CPU that has the fused layers? (They know neither gradients nor autocast.)"""
+    return (
+        not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and x.dtype in FUSED_DTYPES
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
+    """x "… i" -> x weightᵀ + bias + add "… o"."""
+    if fused(x, weight):
+        if add is None:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, add.contiguous(), weight, bias, "add")
+    y = F.linear(x, weight, bias)
+    return y if add is None else y + add
+
+
+def gated(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """a GELU(g), exact GELU, where (a, g) are the halves of x weightᵀ + bias."""
+    if fused(x, weight):
+        (weight_a, weight_g), (bias_a, bias_g) = weight.chunk(2), bias.chunk(2)
+        gate = torch.ops.mkldnn._linear_pointwise(x, weight_g, bias_g, "gelu", [], "none")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, gate, weight_a, bias_a, "mul")
+    a, g = F.linear(x, weight, bias).chunk(2, dim=-1)
+    return a * F.gelu(g)
+
+
+def plus(fresh: Tensor, other: Tensor) -> Tensor:
+    """fresh + other; `fresh` is overwritten where no gradient needs it."""
+    return fresh + other if torch.is_grad_enabled() else fresh.add_(other)
+
+
+class Linear(nn.Linear):
+    """A linear layer, and the sum with what it is a residual to."""
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        return affine(x, self.weight, self.bias, add)
+
+
 class JointNorm(nn.GroupNorm):
     """Group normalisation of "b c t h w", optionally followed by SiLU.
 
@@ -78,33 +132,49 @@ class JointNorm(nn.GroupNorm):
         return untimeline(y, *x.shape[3:])
 
 
-class FrameConv(nn.Conv2d):
-    """A 2-D convolution of every frame of "b c t h w"."""
+class Conv(nn.Module):
+    """What convolutions share: `forward(x, shift, add)` = convolution + bias + shift + add.
 
-    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """`shift` "b c" or "1 c" is added to the output, broadcast over frames and pixels."""
+    shift "b c" or "1 c" is broadcast over frames and pixels; one that all clips share costs nothing, being part of the
+    bias. add "b c t h w" is what the convolution is a residual to.
+    """
+
+    def forward(self, x: Tensor, shift: Tensor | None = None, add: Tensor | None = None) -> Tensor:
         bias = self.bias
         if shift is not None and len(shift) == 1:
             bias, shift = bias + shift[0], None
-        y = F.conv2d(frames(x), self.weight, bias, self.stride, self.padding)
-        y = clip(y, x.shape[2])
-        return y if shift is None else y + shift[:, :, None, None, None]
+        if self.kernel_size == (1, 1):
+            y = affine(memory(x), self.weight.flatten(1), bias, None if add is None else memory(add))
+            return video(y) if shift is None else video(y) + shift[:, :, None, None, None]
+        y = self.convolve(x, bias)
+        if shift is not None:
+            y = plus(y, shift[:, :, None, None, None])
+        return y if add is None else plus(y, add)
 
 
-class TimeConv(nn.Conv3d):
+class FrameConv(Conv, nn.Conv2d):
+    """A 2-D convolution of every frame of "b c t h w"."""
+
+    def convolve(self, x: Tensor, bias: Tensor) -> Tensor:
+        return clip(F.conv2d(frames(x), self.weight, bias, self.stride, self.padding), x.shape[2])
+
+
+class TimeConv(Conv, nn.Conv3d):
     """A convolution over time only, kernel (k, 1, 1), zero padding (k-1)/2; run as a 2-D one on "b c t (h w)"."""
 
     def __init__(self, cin: int, cout: int, k: int):
         super().__init__(cin, cout, (k, 1, 1), padding=(k // 2, 0, 0))
 
-    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """`shift` as in `FrameConv`."""
-        bias = self.bias
-        if shift is not None and len(shift) == 1:
-            bias, shift = bias + shift[0], None
+    def convolve(self, x: Tensor, bias: Tensor) -> Tensor:
         y = F.conv2d(timeline(x), self.weight[..., 0], bias, padding=self.padding[:2])
-        y = untimeline(y, *x.shape[3:])
-        return y if shift is None else y + shift[:, :, None, None, None]
+        return untimeline(y, *x.shape[3:])
+
+
+class VolumeConv(Conv, nn.Conv3d):
+    """A full 3-D convolution of "b c t h w"."""
+
+    def convolve(self, x: Tensor, bias: Tensor) -> Tensor:
+        return F.conv3d(video(memory(x)), self.weight, bias, padding=self.padding)
 
 
 class ResBlock(nn.Module):
@@ -131,8 +201,8 @@ class ResBlock(nn.Module):
         """x "b c t h w"; e "b d" or "1 d", only where the block was built with `emb`."""
         shift = self.time_emb_proj(F.silu(e)) if self.takes_embedding else None
         h = self.conv1(self.norm1(x, act=True), shift)
-        h = self.conv2(self.norm2(h, act=True))
-        return h + (self.conv_shortcut(x) if self.changes_width else x)
+        h = self.conv2(self.norm2(h, act=True), add=None if self.changes_width else x)
+        return self.conv_shortcut(x, add=h) if self.changes_width else h
 
 
 class TimeResBlock(ResBlock):
@@ -152,11 +222,11 @@ class PlusResBlock(ResBlock):
     def __init__(self, cin: int, cout: int, *, eps: float, groups: int, groups_in: int | None = None):
         super().__init__(cin, cout, eps=eps, groups=groups, groups_in=groups_in)
         self.norm_3d = JointNorm(groups, cout, eps)
-        self.conv_3d = zeroed(nn.Conv3d(cout, cout, 3, padding=1))
+        self.conv_3d = zeroed(VolumeConv(cout, cout, 3, padding=1))
 
     def forward(self, x: Tensor, e: Tensor | None = None) -> Tensor:
         y = super().forward(x, e)
-        return y + self.conv_3d(self.norm_3d(y, act=True))
+        return self.conv_3d(self.norm_3d(y, act=True), add=y)
 
 
 class Down(nn.Module):
@@ -172,16 +242,37 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Nearest-neighbour enlargement of h and w to `size` (default: twice as large), then a convolution."""
+    """Nearest-neighbour enlargement of h and w to `size` (default: twice as large), then a 3x3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = FrameConv(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        t, h, w = x.shape[2:]
-        y = F.interpolate(frames(x), size=size or (2 * h, 2 * w), mode="nearest")
-        return self.conv(clip(y, t))
+        h, w = x.shape[3:]
+        size = size or (2 * h, 2 * w)
+        if size == (2 * h, 2 * w) and not torch.is_grad_enabled():
+            return doubled(x, self.conv.weight, self.conv.bias)
+        return self.conv(clip(F.interpolate(frames(x), size=size, mode="nearest"), x.shape[2]))
+
+
+def doubled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 3x3 convolution (zero padding 1) of x enlarged twice by nearest neighbour, in 4/9 of the multiplications.
+
+    An output pixel of phase (p, q) in 0..1 squared sees 2x2 pixels of x, whose weights are sums of the nine: over the
+    rows, phase 0 has w0 | w1 + w2 and phase 1 has w0 + w1 | w2; the columns likewise.
+    """
+    out, c = weight.shape[:2]
+    rows = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float32, device=weight.device)
+    phases = torch.einsum("pyi,qxj,ocij->pqocyx", rows, rows, weight.float()).to(weight.dtype)
+    (b, _, t, h, w), m = x.shape, frames(x)
+    y = torch.empty(b * t, h, 2, w, 2, out, dtype=x.dtype, device=x.device)
+    for p in (0, 1):
+        for q in (0, 1):
+            kernel = phases[p, q].contiguous(memory_format=torch.channels_last)
+            part = F.conv2d(m, kernel, bias, padding=1).permute(0, 2, 3, 1)
+            y[:, :, p, :, q] = part[:, p : p + h, q : q + w]
+    return video(y.view(b, t, 2 * h, 2 * w, out))
 
 
 def zeroed[M: nn.Module](module: M) -> M:

@@ -16,6 +16,7 @@ from vsuav.layers import (
     Down,
     FrameConv,
     JointNorm,
+    Linear,
     PlusResBlock,
     ResBlock,
     Up,
@@ -97,10 +98,10 @@ class PixelAttention(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, EPS)
-        self.query = nn.Linear(channels, channels)
-        self.key = nn.Linear(channels, channels)
-        self.value = nn.Linear(channels, channels)
-        self.proj_attn = nn.Linear(channels, channels)
+        self.query = Linear(channels, channels)
+        self.key = Linear(channels, channels)
+        self.value = Linear(channels, channels)
+        self.proj_attn = Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """x "(b t) c h w"."""
