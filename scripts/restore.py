@@ -38,6 +38,7 @@ class Progress:
     """A bar on stderr: redrawn in place on a terminal, a line every tenth of the way elsewhere."""
 
     def __init__(self):
+        self.start = time.monotonic()
         self.first: tuple[int, float] | None = None
         self.tenth = -1
 
@@ -45,10 +46,11 @@ class Progress:
         if done and self.first is None:
             self.first = done, time.monotonic()  # rates leave out what came before: loading, the first windows
         frames, since = (done - self.first[0], time.monotonic() - self.first[1]) if self.first else (0, 0.0)
-        rate = f", {frames / since:.2f} a second" if frames and since else ""
-        left = f", {(total - done) * since / frames:.0f} s left" if rate and done < total else ""
+        pace = f", {frames / since:.2f} a second, {(total - done) * since / frames:.0f} s left" if frames else ""
+        if done == total:
+            pace = f" in {time.monotonic() - self.start:.0f} s"
         bar = "#" * (30 * done // total)
-        line = f"  [{bar:<30}] {done}/{total} frames{rate}{left}"
+        line = f"  [{bar:<30}] {done}/{total} frames{pace}"
         if sys.stderr.isatty():
             print(f"\r{line:<90}", end="", file=sys.stderr, flush=True)
             if done == total and self.tenth < 10:
