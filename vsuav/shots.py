@@ -10,12 +10,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from vsuav.tiling import WINDOW
+
 FLASH = 4
 """The detector takes the largest difference within this many frames, so that a flash is not two shots."""
 FORCED = 12
 """A forced cut keeps this far away from real ones."""
-FAR = 24
-"""How far from a frame the ends of its shot are looked for; farther away they do not matter (`tiling.WINDOW`)."""
+FAR = WINDOW + 1
+"""How far from a frame the ends of its shot are looked for; farther away no window or chunk of it depends on them."""
 REACH = FAR + FLASH + 1
 """How far from a frame evidence is read to know its shot."""
 
