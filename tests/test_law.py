@@ -1,4 +1,4 @@
-"""The law: a frame has one value, whatever was asked before, by any number of threads, with any memory, in any process."""
+"""The law: a frame has one value, whatever was asked before, by any threads, with any memory, in any process."""
 
 import itertools
 import json

@@ -1,0 +1,362 @@
+"""What `upscale` accepts and refuses, formats and colours, frame properties, and the life of a script."""
+
+import gc
+import json
+import os
+import pickle
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toy
+import vapoursynth as vs
+from clips import ask, clip_of, digest, pixels, restored
+from fakes import Fake, NoOp
+
+from vsuav import unload, upscale
+from vsuav.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+QUICK = Settings(steps=1)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    return toy.write(tmp_path_factory.mktemp("toy") / "model")
+
+
+def blank(format=vs.RGBS, length=3, width=32, height=16, **props):
+    clip = vs.core.std.BlankClip(format=format, width=width, height=height, length=length)
+    return clip.std.SetFrameProps(**props) if props else clip
+
+
+def noop(clip: vs.VideoNode) -> vs.VideoNode:
+    return restored(clip, NoOp(QUICK))[0]
+
+
+def planes(frame: vs.VideoFrame) -> list[np.ndarray]:
+    return [np.asarray(frame[plane]) for plane in range(frame.format.num_planes)]
+
+
+def variable_format():
+    return vs.core.std.Splice([blank(), blank(vs.RGB24)], mismatch=True)
+
+
+def variable_size():
+    return vs.core.std.Splice([blank(), blank(width=64)], mismatch=True)
+
+
+BAD_CLIPS = {
+    "variable format": (variable_format, "constant format"),
+    "variable size": (variable_size, "constant size"),
+    "not a clip": (lambda: "clip.mkv", "must be a VapourSynth video clip"),
+    "no clip": (lambda: None, "must be a VapourSynth video clip"),
+    "interlaced": (lambda: blank(_FieldBased=2), "deinterlace"),
+    "no matrix": (lambda: blank(vs.YUV420P8).std.RemoveFrameProps("_Matrix"), "_Matrix=1"),
+    "unspecified matrix": (lambda: blank(vs.YUV420P8, _Matrix=2), "SetFrameProps"),
+    "PQ": (lambda: blank(vs.YUV420P10, _Matrix=9, _Transfer=16), "PQ"),
+    "HLG": (lambda: blank(vs.YUV420P10, _Matrix=9, _Transfer=18), "tone-map"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CLIPS)
+def test_a_clip_that_cannot_be_restored_is_one_clear_line(name, model):
+    make, wanted = BAD_CLIPS[name]
+    with pytest.raises(vs.Error) as caught:
+        upscale(make(), model=model)
+    line = str(caught.value)
+    assert line.startswith("upscale: ")
+    assert wanted in line
+    assert "\n" not in line
+
+
+BAD_ARGUMENTS = {
+    "noise level": ({"noise_level": 400}, "noise_level must be between 0 and 350, got 400"),
+    "propagation step": ({"steps": 4, "propagation_steps": [4]}, "propagation_steps must be between 0 and 3, got 4"),
+    "prompt": ({"prompt": 5}, "prompt must be a string"),
+    "device": ({"device": "cuda:99"}, "device must be one of auto, cpu"),
+    "device name": ({"device": "abacus"}, "abacus"),
+    "scale": ({"scale": 5}, "scale must be between 1 and 4, got 5"),
+    "width": ({"width": 1000}, "width must be between 1 and 128"),
+    "budget": ({"cache_mib": -1}, "cache_mib"),
+    "max shot": ({"max_shot": 10}, "max_shot"),
+    "preset": ({"preset": "slow"}, "preset must be one of"),
+    "folder": ({"model": "/no/such/folder"}, "/no/such/folder"),
+    "threads": ({"threads": 0}, "threads"),
+    "raft": ({"flow": "raft"}, "flow"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_a_bad_argument_is_one_clear_line(name, model):
+    arguments, wanted = BAD_ARGUMENTS[name]
+    with pytest.raises(vs.Error) as caught:
+        upscale(blank(), **{"model": model, **arguments})
+    line = str(caught.value)
+    assert line.startswith("upscale: ")
+    assert wanted in line
+    assert "\n" not in line
+
+
+def test_an_empty_folder_says_what_was_looked_for(tmp_path):
+    with pytest.raises(vs.Error, match="upscale: .*looked for .*unet/.*holds nothing"):
+        upscale(blank(), model=tmp_path)
+
+
+def test_truncated_weights_are_one_clear_line(tmp_path):
+    folder = toy.write(tmp_path / "model")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(vs.Error, match="upscale: .*diffusion_pytorch_model") as caught:
+        upscale(blank(), model=folder)
+    assert "\n" not in str(caught.value)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, (os.environ["VSUAV_TEST_BOMB"],))
+
+
+def test_a_pickle_that_wants_to_run_code_does_not(tmp_path, monkeypatch):
+    import layouts
+
+    folder = layouts.write_released(tmp_path / "model")
+    monkeypatch.setenv("VSUAV_TEST_BOMB", str(tmp_path / "exploded"))
+    (folder / "unet" / "unet_video.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(vs.Error, match="upscale: ") as caught:
+        upscale(blank(), model=folder)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_network_that_gives_no_picture_is_an_error_that_says_what_to_try(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = toy.write(tmp_path / "model")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state["conv_out.bias"] += float("inf")
+    save_file(state, weights)
+    clip = upscale(blank(length=8), model=folder, dtype="float32", threads=1)
+    with pytest.raises(vs.Error, match=r"upscale: frames \d+ to \d+ .*float32.*try"):
+        clip.get_frame(3)
+
+
+FORMATS = [
+    vs.RGBS, vs.RGBH, vs.RGB24, vs.RGB30, vs.RGB48, vs.YUV420P8, vs.YUV420P10, vs.YUV422P16, vs.YUV444P12, vs.YUV444PS,
+    vs.YUV444PH, vs.GRAY8, vs.GRAY16, vs.GRAYS, vs.GRAYH,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: vs.PresetVideoFormat(format).name)
+def test_every_format_comes_back_four_times_as_large(format):
+    matrix = {"matrix": 6} if "YUV" in vs.PresetVideoFormat(format).name else {}
+    source = vs.core.resize.Bicubic(clip_of(pixels(3, 34, 18), None), format=format, **matrix) if (
+        "GRAY" not in vs.PresetVideoFormat(format).name
+    ) else blank(format, width=34, height=18)  # fmt: skip
+    result = noop(source)
+    assert (result.width, result.height, result.num_frames) == (136, 72, 3)
+    assert result.format.id == source.format.id
+    assert result.fps == source.fps
+    frame, before = result.get_frame(1), source.get_frame(1)
+    for got, wanted in zip(planes(frame), planes(before), strict=True):
+        assert got.shape == (4 * wanted.shape[0], 4 * wanted.shape[1])
+        scale = 1 << before.format.bits_per_sample if before.format.sample_type == vs.INTEGER else 1
+        assert abs(float(got.mean()) - float(wanted.mean())) <= 0.012 * scale
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (3, 5), (17, 9), (200, 2), (33, 131)])
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_odd_sizes_and_short_clips(width, height, length):
+    data = pixels(length, width, height)
+    result, _ = restored(clip_of(data, None), Fake(Settings(steps=2, propagation_steps=(1,))))
+    last = result.get_frame(length - 1)
+    assert (last.width, last.height) == (4 * width, 4 * height)
+    exact = noop(clip_of(data, None)).get_frame(length - 1)
+    enlarged = data[length - 1].repeat(4, -1).repeat(4, -2)
+    assert max(np.abs(p - e).max() for p, e in zip(planes(exact), enlarged, strict=True)) < 1e-6
+
+
+BARS = [(1, 1, 1), (1, 1, 0), (0, 1, 1), (0, 1, 0), (1, 0, 1), (1, 0, 0), (0, 0, 1), (0, 0, 0)]
+
+
+def bars(level: float) -> vs.VideoNode:
+    """Eight colour bars of 16 pixels, as RGBS."""
+    data = np.repeat(np.array(BARS, np.float32) * level, 16, axis=0).T[None, :, None, :].repeat(32, 2)
+    return clip_of(np.ascontiguousarray(data), None)
+
+
+@pytest.mark.parametrize("level", [1.0, 0.75])
+@pytest.mark.parametrize("matrix", [1, 6, 9])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("format", [vs.YUV444P8, vs.YUV420P8, vs.YUV444P10, vs.RGB24])
+def test_colour_bars_come_back(level, matrix, full, format):
+    """Through the filter and back: at most one 8-bit step inside the bars (two where chroma is subsampled)."""
+    range_ = vs.RANGE_FULL if full or format == vs.RGB24 else vs.RANGE_LIMITED
+    options = {} if format == vs.RGB24 else {"matrix": matrix}
+    source = bars(level).resize.Point(format=format, range=range_, **options)
+    result = noop(source)
+    step = 1 << (source.format.bits_per_sample - 8)
+    for plane in range(3):
+        wanted = np.asarray(source.get_frame(0)[plane]).astype(int)
+        got = np.asarray(result.get_frame(0)[plane]).astype(int)
+        centres = range(8 >> (plane > 0 and source.format.subsampling_w), wanted.shape[1],
+                        16 >> (plane > 0 and source.format.subsampling_w))  # fmt: skip
+        for x in centres:
+            patch = got[got.shape[0] // 2 - 4 : got.shape[0] // 2 + 4, 4 * x - 4 : 4 * x + 4]
+            most = 2 if source.format.subsampling_w else 1
+            assert np.abs(patch - wanted[wanted.shape[0] // 2, x]).max() <= most * step
+    assert int(result.get_frame(0).props.get("_Matrix", 0)) == (0 if format == vs.RGB24 else matrix)
+
+
+def test_properties_are_carried_over():
+    clip = clip_of(pixels(4, 16, 16), ()).std.SetFrameProps(_Transfer=6, mine=b"text", _DurationNum=1001)
+    frame = noop(clip).get_frame(3)
+    assert frame.props["number"] == 3
+    assert frame.props["mine"] in ("text", b"text")
+    assert frame.props["_Transfer"] == 6
+    assert frame.props["_Primaries"] == 1
+    assert frame.props["_FieldBased"] == 0
+    assert frame.props["_DurationNum"] == 1001
+    assert not [name for name in frame.props if name.startswith("uav")]
+
+
+def test_a_gray_clip_stays_gray_and_bits_do_not_get_lost():
+    ramp = np.linspace(0, 1, 64, dtype=np.float32)[None, None, None].repeat(3, 1).repeat(16, 2)
+    source = clip_of(np.ascontiguousarray(ramp), None).resize.Point(format=vs.GRAY16, matrix=1, range=vs.RANGE_FULL)
+    source = source.std.SetFrameProps(_Range=int(vs.RANGE_FULL))
+    got = np.asarray(noop(source).get_frame(0)[0]).astype(int)[::4, ::4]
+    assert np.abs(got - np.asarray(source.get_frame(0)[0])).max() <= 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [({"scale": 1}, (34, 18)), ({"scale": 2}, (68, 36)), ({"scale": 3}, (102, 54)), ({"width": 68}, (68, 36)),
+     ({"height": 54}, (102, 54)), ({"width": 50, "height": 40}, (50, 40)), ({"scale": 1.5}, (50, 26))],
+)  # fmt: skip
+def test_sizes(model, arguments, size):
+    source = blank(vs.YUV420P8, width=34, height=18, _Matrix=6)
+    result = upscale(source, model=model, **arguments)
+    assert (result.width, result.height) == size
+    with pytest.raises(vs.Error, match="upscale: width must be a multiple of 2"):
+        upscale(source, model=model, width=51, height=40)
+
+
+def test_a_clip_changed_after_the_filter_was_made_keeps_its_frames(model):
+    """Nodes do not change: a filter made before another is not touched by it."""
+    clip = clip_of(pixels(8, 16, 16), ())
+    options = {"model": model, "steps": 1, "dtype": "float32", "threads": 1}
+    alone = ask(upscale(clip, **options), "linear")
+    first = upscale(clip, **options)
+    upscale(clip.std.Invert(), **options).get_frame(0)
+    assert ask(first, "random") == alone
+
+
+def test_after_another_filter_and_before_one(model):
+    clip = clip_of(pixels(8, 16, 16), ())
+    options = {"model": model, "steps": 1, "dtype": "float32", "threads": 1}
+    chained = upscale(clip.std.FlipVertical(), **options).std.Invert().std.Crop(left=2)
+    plain = upscale(clip.std.FlipVertical(), **options)
+    wanted = 1 - np.asarray(plain.get_frame(5)[1])[:, 2:]
+    np.testing.assert_array_equal(np.asarray(chained.get_frame(5)[1]), wanted)
+
+
+def test_upscale_of_upscale(model):
+    options = {"model": model, "steps": 1, "dtype": "float32", "threads": 1}
+    clip = clip_of(pixels(7, 8, 6), ())
+    inner = upscale(clip, **options)
+    stored = [np.stack(planes(inner.get_frame(n))) for n in range(7)]
+    wanted = ask(upscale(clip_of(np.stack(stored), ()), **options), "linear")
+    assert ask(upscale(upscale(clip, **options), **options), "random") == wanted
+
+
+def test_a_failed_frame_fails_alone(model):
+    """An error upstream reaches the frames that need it; the others come, and later it may work."""
+    data, broken = pixels(130, 16, 16), [True]
+
+    def source(n, f):
+        if n == 100 and broken[0]:
+            raise ValueError("frame 100 cannot be read")
+        return f
+
+    clip = clip_of(data, ())
+    result, _ = restored(clip.std.ModifyFrame(clip, source), Fake(QUICK))
+    with pytest.raises(vs.Error, match="frame 100 cannot be read"):
+        result.get_frame(100)
+    plain, _ = restored(clip_of(data, ()), Fake(QUICK))
+    assert digest(result.get_frame(0)) == digest(plain.get_frame(0))
+    broken[0] = False
+    assert digest(result.get_frame(100)) == digest(plain.get_frame(100))
+
+
+def test_everything_is_freed_but_the_weights_and_unload_frees_those(model):
+    """After the clip is gone: no restorer, engine, store or latent is left; the weights only until `unload`."""
+    from vsuav import networks
+
+    unload()
+    clip = clip_of(pixels(8, 16, 16), ())
+    result = upscale(clip, model=model, steps=2, dtype="float32", threads=1)
+    ask(result, "linear")
+    [models] = networks._models.values()
+    shared = weakref.ref(models)
+    del models
+    kinds = ("Restorer", "Engine", "Store", "Networks", "Records")
+    assert living(kinds) == dict.fromkeys(kinds, 1)
+    del result, clip
+    assert living(kinds) == {}
+    assert shared() is not None
+    unload()
+    gc.collect()
+    assert shared() is None
+
+
+def living(kinds) -> dict[str, int]:
+    gc.collect()
+    names = [type(thing).__name__ for thing in gc.get_objects() if str(type(thing).__module__).startswith("vsuav.")]
+    return {kind: names.count(kind) for kind in kinds if kind in names}
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import vapoursynth as vs
+from clips import clip_of, pixels
+from vsuav import upscale
+clip = clip_of(pixels(20, 24, 16), (13,))
+upscale(clip, model={model!r}, steps=2, dtype="float32", threads=1).resize.Bicubic(
+    format=vs.YUV420P8, matrix=1).set_output()
+"""
+
+
+@pytest.fixture
+def script(tmp_path, model) -> Path:
+    path = tmp_path / "script.vpy"
+    path.write_text(SCRIPT.format(tests=str(ROOT / "tests"), model=str(model)))
+    return path
+
+
+def vspipe(script: Path, *arguments: str) -> subprocess.CompletedProcess:
+    program = Path(sys.executable).with_name("vspipe")
+    environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment["OMP_NUM_THREADS"] = "1"
+    return subprocess.run([program, *arguments, str(script), "-"], check=True, capture_output=True, env=environment)
+
+
+def test_ranges_of_vspipe_are_parts_of_the_whole(script):
+    """Raw frames on stdout and nothing else; `-s` and `-e` cut without changing a byte."""
+    size = 96 * 64 * 3 // 2
+    whole = vspipe(script).stdout
+    assert len(whole) == 20 * size
+    part = vspipe(script, "-c", "y4m", "-s", "8", "-e", "14").stdout
+    head, *frames = part.split(b"FRAME\n")
+    assert head.startswith(b"YUV4MPEG2")
+    assert b"".join(frames) == whole[8 * size : 15 * size]
+
+
+def test_reading_settings_from_json_lists_works(model):
+    """Scripts often read their arguments from JSON, where tuples are lists."""
+    arguments = json.loads('{"guidance_interval": [0.1, 1.0], "tile": [64, 0], "prompt": [[0, "rain"]]}')
+    assert upscale(blank(), model=model, **arguments).num_frames == 3
