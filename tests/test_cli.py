@@ -366,3 +366,46 @@ def test_info_counts_the_calls_a_linear_pass_makes(folder, run):
         made |= {key for task in plan.tasks for key in task.makes}
     assert rows["calls"].split()[0] == str(calls)
     assert "32x24 -> 128x96" in rows["clip"] and rows["time"].startswith("about") and "steps=3" in rows["settings"]
+
+
+@pytest.mark.parametrize("angle", [90, -90, 180])
+def test_pictures_are_turned_as_players_turn_them(tmp_path, angle):
+    plain, turned, raw = tmp_path / "plain.mp4", tmp_path / "turned.mp4", tmp_path / "raw.y4m"
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=36x28:r=25:d=0.2", "-vf", "setsar=4/3", "-c:v", "libx264", "-pix_fmt",
+           "yuv420p", plain)  # fmt: skip
+    ffmpeg("-display_rotation", angle, "-i", plain, "-c", "copy", turned)
+    ffmpeg("-i", turned, raw)  # ffmpeg turns by itself
+    ours, theirs = video.open_video(turned), vs.core.bs.VideoSource(str(raw))
+    assert (ours.clip.width, ours.clip.height) == (theirs.width, theirs.height)
+    for plane in range(3):
+        assert np.array_equal(np.asarray(ours.clip.get_frame(3)[plane]), np.asarray(theirs.get_frame(3)[plane]))
+    assert ours.pixel_shape == (Fraction(4, 3) if angle == 180 else Fraction(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("form", "coded", "expected"),
+    [
+        ("gbrp", "ffv1", ("yuv444p10le", 1, 1)),
+        ("gray", "ffv1", ("yuv420p10le", 1, 1)),
+        ("yuvj420p", "mjpeg", ("yuv420p10le", 5, 2)),
+        ("yuv422p10le", "ffv1", ("yuv422p10le", 6, 1)),
+    ],
+)
+def test_formats_of_files(folder, run, tmp_path, form, coded, expected):
+    """RGB and gray become BT.709; full range stays full; depth and subsampling are kept or raised to ten bits."""
+    source, target = tmp_path / "in.mkv", tmp_path / "out.mkv"
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=36x28:r=25:d=0.04", "-c:v", coded, "-pix_fmt", form, source)
+    code, said, _ = run("restore", source, target, "--model", folder / "model", "--", "-c:v", "libx264")
+    assert code == 0, said
+    with av.open(str(target)) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.pix_fmt, int(context.colorspace), int(context.color_range)) == expected
+
+
+def test_interlaced_files_are_refused_unless_said_to_be_progressive(folder, run, tmp_path):
+    source, target = tmp_path / "in.mkv", tmp_path / "out.mkv"
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=32x32:r=25:d=0.04", "-c:v", "libx264", "-flags", "+ilme+ildct",
+           "-pix_fmt", "yuv420p", source)  # fmt: skip
+    code, said, _ = run("restore", source, target, "--model", folder / "model", *LOSSLESS)
+    assert code == 1 and "deinterlace it first" in said and "SetFieldBased" in said
+    assert run("restore", source, target, "--model", folder / "model", "--progressive", *LOSSLESS)[0] == 0

@@ -29,6 +29,7 @@ SOUND_OF = {
     ".webm": {"opus", "vorbis"},
 }
 """Container -> codecs it takes as they are (Matroska takes all). Other sound is encoded again."""
+ATTACHED = av.stream.Disposition.attached_pic
 TEXT_SUBTITLES = {"subrip", "srt", "ass", "ssa", "webvtt", "mov_text", "text"}
 SUBTITLES_OF = {".mkv": "subrip", ".mp4": "mov_text", ".mov": "mov_text", ".webm": "webvtt"}
 """Container -> what text subtitles become that it does not take as they are."""
@@ -90,10 +91,10 @@ def open_video(path: Path) -> Video:
     try:
         with av.open(str(path)) as container:
             begins = Fraction(container.start_time or 0, av.time_base)
-            pictures = len(container.streams.video)
+            coded = [(stream.width, stream.height) for stream in container.streams.video]
     except (av.FFmpegError, OSError) as error:
         raise MediaError(f"{path} is no file ffmpeg can read ({getattr(error, 'strerror', None) or error})") from None
-    if not pictures:
+    if not coded:
         raise MediaError(f"{path} holds no video")
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -104,6 +105,9 @@ def open_video(path: Path) -> Video:
         raise MediaError(f"{path}: {' '.join(str(error).split())}") from None
     if clip.format.color_family == vs.YUV and clip.get_frame(0).props.get("_Matrix", UNSPECIFIED) == UNSPECIFIED:
         clip = clip.std.SetFrameProps(_Matrix=vs.MATRIX_BT709 if clip.height > 576 else vs.MATRIX_ST170_M)
+    if coded[0] == (clip.height, clip.width) != (clip.width, clip.height):  # turned, but its pixels' shape was not
+        props = clip.get_frame(0).props
+        clip = clip.std.SetFrameProps(_SARNum=props.get("_SARDen", 1), _SARDen=props.get("_SARNum", 1))
     base, rate, millisecond = Fraction(1, 100_000), Fraction(clip.fps), Fraction(1, 1000)
     if rate and all(abs((tick - ticks[0]) * base - n / rate) <= millisecond for n, tick in enumerate(ticks)):
         # constant, but for the rounding of the container: count frames, and let `begins` carry the offset
@@ -173,6 +177,7 @@ def carried_over(source: Path, suffix: str) -> tuple[list[str], list[str]]:
             elif stream.type == "attachment" and suffix == ".mkv":
                 options += ["-map", f"1:{stream.index}", "-c:t", "copy"]
         video = container.streams.video[0]
+        lost += [f"cover picture {s.index}" for s in container.streams.video if s.disposition & ATTACHED]
         for name in ("language", "title"):
             if name in video.metadata:
                 options += ["-metadata:s:v:0", f"{name}={video.metadata[name]}"]
