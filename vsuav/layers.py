@@ -19,42 +19,42 @@ from torch import Tensor, nn
 
 
 def memory(x: Tensor) -> Tensor:
-    """"b c t h w" -> "b t h w c", contiguous: the activation as it lies in memory."""
+    """From "b c t h w" to "b t h w c", contiguous: the activation as it lies in memory."""
     return x.permute(0, 2, 3, 4, 1).contiguous()
 
 
 def video(m: Tensor) -> Tensor:
-    """"b t h w c" -> "b c t h w"; the inverse of `memory`."""
+    """From "b t h w c" back to "b c t h w"."""
     return m.permute(0, 4, 1, 2, 3)
 
 
 def frames(x: Tensor) -> Tensor:
-    """"b c t h w" -> "(b t) c h w", channels-last."""
+    """From "b c t h w" to "(b t) c h w", channels-last."""
     return memory(x).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def clip(x: Tensor, t: int) -> Tensor:
-    """"(b t) c h w" -> "b c t h w"."""
+    """From "(b t) c h w" back to "b c t h w"."""
     return video(x.permute(0, 2, 3, 1).unflatten(0, (-1, t)))
 
 
 def timeline(x: Tensor) -> Tensor:
-    """"b c t h w" -> "b c t (h w)", channels-last."""
+    """From "b c t h w" to "b c t (h w)", channels-last."""
     return memory(x).flatten(2, 3).permute(0, 3, 1, 2)
 
 
 def untimeline(x: Tensor, h: int, w: int) -> Tensor:
-    """"b c t (h w)" -> "b c t h w"."""
+    """From "b c t (h w)" back to "b c t h w"."""
     return video(x.permute(0, 2, 3, 1).unflatten(2, (h, w)))
 
 
 def tokens(x: Tensor) -> Tensor:
-    """"b c t h w" -> "(b t) (h w) c", contiguous."""
+    """From "b c t h w" to "(b t) (h w) c", contiguous."""
     return memory(x).flatten(2, 3).flatten(0, 1)
 
 
 def untokens(z: Tensor, like: Tensor) -> Tensor:
-    """"(b t) (h w) c" -> "b c t h w" with the sizes b, t, h, w of `like`."""
+    """From "(b t) (h w) c" back to "b c t h w", with the sizes b, t, h, w of `like`."""
     b, _, t, h, w = like.shape
     return video(z.view(b, t, h, w, -1))
 
@@ -126,7 +126,7 @@ class JointNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor, act: bool = False) -> Tensor:
-        y = F.group_norm(timeline(x), self.num_groups, self.weight, self.bias, self.eps)
+        y = torch.group_norm(timeline(x), self.num_groups, self.weight, self.bias, self.eps)
         if act:
             y = F.silu(y, inplace=not torch.is_grad_enabled())
         return untimeline(y, *x.shape[3:])
@@ -286,9 +286,7 @@ def lay_out[M: nn.Module](model: M) -> M:
     """The same model with its convolutions' weights in channels-last memory, which spares a conversion per call."""
     for p in model.parameters():
         if p.dim() >= 4:
-            p.data = p.data.contiguous(
-                memory_format=torch.channels_last if p.dim() == 4 else torch.channels_last_3d
-            )
+            p.data = p.data.contiguous(memory_format=torch.channels_last if p.dim() == 4 else torch.channels_last_3d)
     return model
 
 

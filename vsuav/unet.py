@@ -197,7 +197,8 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     x is overwritten where no gradient needs it.
     """
     head, rest = x.split([ROTARY_CHANNELS, x.shape[-1] - ROTARY_CHANNELS], dim=-1)
-    pairs = torch.view_as_complex(head.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).contiguous())
+    wide = head.to(torch.promote_types(x.dtype, torch.float32))
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
     turned = torch.view_as_real(pairs * turns[:, None, None]).flatten(-2).to(x.dtype)
     if torch.is_grad_enabled():
         return torch.cat([turned, rest], dim=-1)
@@ -224,7 +225,7 @@ class RelativeBias(nn.Module):
         self.relative_attention_bias = nn.Embedding(BUCKETS, heads)
 
     def forward(self, t: int) -> Tensor:
-        """"1 heads t t"."""
+        """The addition for t frames, "1 heads t t"."""
         table = self.relative_attention_bias.weight
         return table[relative_bucket(t, table.device)].permute(2, 0, 1)[None]
 
@@ -250,9 +251,7 @@ class TemporalAttention(nn.Module):
         q, k = rotate(q, turns), rotate(k, turns)
         # Short windows: two pixels share a sequence, each blind to the other's frames; twice as fast on a CPU.
         share = 2 if t <= 8 and n % 2 == 0 else 1
-        q, k, v = (
-            x.unflatten(2, (-1, share)).permute(0, 2, 4, 3, 1, 5).flatten(0, 1).flatten(2, 3) for x in (q, k, v)
-        )
+        q, k, v = (x.unflatten(2, (-1, share)).permute(0, 2, 4, 3, 1, 5).flatten(0, 1).flatten(2, 3) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(t, share, q.dtype))
         out = out.transpose(1, 2).unflatten(0, (b, -1)).flatten(3).view(b, n, t, -1)
         return self.to_out[0](out)
