@@ -46,7 +46,9 @@ class Progress:
         if done and self.first is None:
             self.first = done, time.monotonic()  # rates leave out what came before: loading, the first windows
         frames, since = (done - self.first[0], time.monotonic() - self.first[1]) if self.first else (0, 0.0)
-        pace = f", {frames / since:.2f} a second, {(total - done) * since / frames:.0f} s left" if frames and since else ""
+        pace = ""
+        if frames and since:
+            pace = f", {frames / since:.2f} a second, {(total - done) * since / frames:.0f} s left"
         if done == total:
             pace = f" in {time.monotonic() - self.start:.0f} s"
         bar = "#" * (30 * done // total)
