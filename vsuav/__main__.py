@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 an error (one line on stderr; -v shows where it came from)
 """
 
 import contextlib
+import os
 import re
 import signal
 import sys
@@ -140,14 +141,16 @@ def restore(
             "noise_level": noise_level, "model": model, "preset": preset, "scale": scale, "device": device,
         }  # fmt: skip
         order.settings |= {name: value for name, value in named.items() if value is not None}
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for ending in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(ending, signal.default_int_handler)
         try:
             with Bar() as bar:
                 commands.restore(order, bar)
         except KeyboardInterrupt:
             kept = cache_dir or commands.kept_latents(target)
             bar.say(f"vsuav: stopped; the same command goes on from here (latents are in {kept})")
-            raise typer.Exit(STOPPED) from None
+            sys.stderr.flush()
+            os._exit(STOPPED)  # a running U-Net call may take minutes; what is on disk is whole at any time
         console.print(f"vsuav: wrote {target}", markup=False, soft_wrap=True)
 
 
