@@ -161,3 +161,15 @@ def test_a_prompt_file_whose_list_does_not_fit(tmp_path):
     save_file({"0": torch.zeros(1, 1)}, tmp_path / "q.safetensors")
     with pytest.raises(ModelError, match="one prompt for each"):
         read_prompts(tmp_path / "q.safetensors")
+
+
+def test_prompts_are_computed_with_one_thread_whatever_the_count_is():
+    counts = []
+    encoder = TextEncoder(lambda prompt: counts.append(torch.get_num_threads()) or torch.zeros(1, 1))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        encoder.encode("x")
+        assert counts == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

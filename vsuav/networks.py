@@ -5,6 +5,7 @@ networks run in float16), so they are the same whatever the device. Only network
 """
 
 import contextlib
+import functools
 import gc
 import platform
 import threading
@@ -131,7 +132,7 @@ class Networks:
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Encode the prompts and the negative prompt, so that one that cannot be encoded is an error now."""
         for prompt in (*prompts, self.settings.negative_prompt):
-            self._text.encode(prompt)
+            self.worker.run(functools.partial(self._text.encode, prompt))
 
     def arithmetic(self) -> contextlib.AbstractContextManager[None]:
         """The context in which everything of this class, and of the engine, is to run."""

@@ -138,8 +138,8 @@ class MiniLM:
 class TextEncoder:
     """Prompt → states, from what is stored if it is there, else computed once and remembered.
 
-    `stored` holds states by prompt and wins over `compute`. Computed states depend on torch's thread count like every
-    other result; whoever needs the same bits sets the count around `encode`, or uses stored prompts.
+    `stored` holds states by prompt and wins over `compute`. Like every result of torch on a CPU, computed states depend
+    on the thread count: they are always computed with one thread, so that a prompt has one value in all clips.
     """
 
     def __init__(self, compute: Computes | None = None, stored: Mapping[str, Tensor] | None = None):
@@ -161,7 +161,12 @@ class TextEncoder:
                     raise ModelError(f"the model has no text encoder, only stored prompts ({known}); got {prompt!r}")
                 while len(self._recent) >= KEPT:
                     self._recent.pop(next(iter(self._recent)))
-                self._recent[prompt] = self._compute(prompt)
+                threads = torch.get_num_threads()
+                torch.set_num_threads(1)
+                try:
+                    self._recent[prompt] = self._compute(prompt)
+                finally:
+                    torch.set_num_threads(threads)
             return self._recent[prompt]
 
 
