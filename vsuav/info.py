@@ -16,8 +16,8 @@ import vapoursynth as vs
 
 from vsuav.commands import found_models
 from vsuav.engine import Engine
-from vsuav.networks import Networks, auto_device, auto_dtype, shared_models
-from vsuav.settings import Settings, auto_threads, auto_tile, resolve
+from vsuav.networks import Networks, auto_dtype, choose
+from vsuav.settings import Settings, auto_threads
 from vsuav.store import Store
 from vsuav.tiling import CHUNK, STRIDE, WINDOW, tiles, window
 from vsuav.video import Video
@@ -89,16 +89,7 @@ def price(video: Video, span: range, given: Mapping[str, Any]) -> Price:
         given: arguments of `upscale`.
     """
     width, height = video.clip.width, video.clip.height
-    device = auto_device(given.get("device", "auto"))
-    fixed = {
-        "device": device, "dtype": auto_dtype(given.get("dtype", "auto"), device),
-        "threads": auto_threads(given.get("threads", "auto")),
-        "tile": auto_tile(given.get("tile", "auto"), width, height, device),
-    }  # fmt: skip
-    models = shared_models(given.get("model"), device, fixed["dtype"])
-    if given.get("flow", "auto") == "auto":
-        fixed["flow"] = "raft" if models.raft is not None and device != "cpu" else "dis"
-    settings = resolve({**given, **fixed}, models.defaults, models.presets)
+    models, settings = choose(given, width, height)
     cover = tiles(height, width, settings.tile, settings.tile_overlap)
     rows, columns = cover[0].crop
     h, w = rows.stop - rows.start, columns.stop - columns.start
@@ -111,10 +102,10 @@ def price(video: Video, span: range, given: Mapping[str, Any]) -> Price:
     total += -(-count // CHUNK) * len(cover) * seconds["decode"]
     if settings.propagation_steps:
         total += (count - 1) * seconds["flow"]
-    if device == "cpu":
+    if settings.device == "cpu":
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     else:
-        memory = torch.cuda.max_memory_allocated(device)
+        memory = torch.cuda.max_memory_allocated(settings.device)
     kept = Engine(networks, Store(0)).working_set(height, width)
     return Price(count, (width, height), settings, windows * settings.steps, len(cover), total, memory + kept, kept)
 

@@ -10,19 +10,21 @@ import gc
 import platform
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vsuav.checkpoint import Models, load
+from vsuav.checkpoint import Models, load, locate
 from vsuav.color import adain, bicubic4, wavelet
 from vsuav.flow import DIS, LIBRARY, RAFT
+from vsuav.layers import lay_out
 from vsuav.noise import frame_noise
 from vsuav.plan import Recipe
 from vsuav.schedule import Sampler, add_noise
-from vsuav.settings import Settings
+from vsuav.settings import Settings, auto_threads, auto_tile, resolve
 from vsuav.tiling import blend_weights, tiles
 from vsuav.turns import worker
 
@@ -254,17 +256,50 @@ class Networks:
         return self._contexts[key]
 
 
-_models: dict[tuple[str, str, str], Models] = {}
+def choose(given: Mapping[str, Any], width: int, height: int) -> tuple[Models, Settings]:
+    """The models and the settings that the arguments of `upscale` mean for a clip of `width` x `height` pixels.
+
+    Args:
+        given: values by the names of `upscale`'s parameters; what is missing or None is left to preset and model.
+
+    Raises:
+        ValueError: one line that names the parameter, the value, and what would work. ModelError is one.
+    """
+    device = auto_device(given.get("device") or "auto")
+    dtype = auto_dtype(given.get("dtype") or "auto", device)
+    fixed = {
+        "device": device, "dtype": dtype, "threads": auto_threads(given.get("threads") or "auto"),
+        "tile": auto_tile(given.get("tile", "auto"), width, height, device),
+    }  # fmt: skip
+    models = shared_models(given.get("model"), device, dtype)
+    if (given.get("flow") or "auto") == "auto":
+        fixed["flow"] = "raft" if models.raft is not None and device != "cpu" else "dis"
+    return models, resolve({**given, **fixed}, models.defaults, models.presets)
+
+
+_models: dict[tuple[str, str, str], tuple[object, Models]] = {}
 _models_lock = threading.Lock()
 
 
 def shared_models(model: str | Path | None, device: str, dtype: str) -> Models:
-    """The models of a folder, loaded once in this process for each device and dtype, and shared by all clips."""
-    key = (str(Path(model).resolve()) if model is not None and Path(model).exists() else str(model), device, dtype)
+    """The models of a folder, loaded once in this process for each device and dtype, and shared by all clips.
+
+    A folder whose files changed is loaded again.
+    """
+    if dtype not in TORCH_DTYPES:
+        raise ValueError(f"dtype must be one of auto, {', '.join(TORCH_DTYPES)}, got {dtype!r}")
+    folder = locate(model)
+    stats = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
+    stamp = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    key = (str(folder.resolve()), device, dtype)
     with _models_lock:
-        if key not in _models:
-            _models[key] = load(model, TORCH_DTYPES[dtype], decoder_dtype(dtype))
-        return _models[key]
+        if key not in _models or _models[key][0] != stamp:
+            models = load(folder, TORCH_DTYPES[dtype], decoder_dtype(dtype))
+            for network in (models.unet, models.vae, models.video_vae):
+                if network is not None:
+                    lay_out(network)
+            _models[key] = (stamp, models)
+        return _models[key][1]
 
 
 def unload() -> None:

@@ -25,9 +25,8 @@ from torch import Tensor
 from vsuav import frames
 from vsuav.disk import Disk
 from vsuav.engine import Engine, Missing
-from vsuav.networks import NetworkError, Networks, auto_device, auto_dtype, shared_models
+from vsuav.networks import NetworkError, Networks, choose
 from vsuav.plan import evidence_span
-from vsuav.settings import Settings, auto_threads, auto_tile, resolve
 from vsuav.shots import Record, Records, Shots
 from vsuav.store import Store
 from vsuav.tiling import BLOCK
@@ -126,17 +125,7 @@ def _upscale(clip: vs.VideoNode, given: dict[str, Any]) -> vs.VideoNode:
     look = frames.inspect(clip)
     size = _size(clip, look, given)
     budget, disk_budget = (_mebibytes(name, given[name]) for name in ("cache_mib", "cache_dir_mib"))
-    device = auto_device(given["device"])
-    dtype = auto_dtype(given["dtype"], device)
-    resolved = {
-        "device": device, "dtype": dtype, "threads": auto_threads(given["threads"]),
-        "tile": auto_tile(given["tile"], clip.width, clip.height, device),
-    }  # fmt: skip
-    resolve({**given, **resolved}, {}, {})
-    models = shared_models(given["model"], device, dtype)
-    if given["flow"] == "auto":
-        resolved["flow"] = "raft" if models.raft is not None and device != "cpu" else "dis"
-    settings = resolve({**given, **resolved}, models.defaults, models.presets)
+    models, settings = choose(given, clip.width, clip.height)
     networks = Networks(models, settings)
     networks.check_prompts([text for _, text in settings.prompts])
     restorer = Restorer(clip, look, networks, budget, given["cache_dir"], disk_budget)
@@ -395,4 +384,4 @@ def _stop(life: weakref.ref) -> None:
         living.stop()
 
 
-__all__ = ["Restorer", "Settings", "upscale"]
+__all__ = ["Restorer", "upscale"]
