@@ -265,16 +265,18 @@ def choose(given: Mapping[str, Any], width: int, height: int) -> tuple[Models, S
     Raises:
         ValueError: one line that names the parameter, the value, and what would work. ModelError is one.
     """
-    device = auto_device(given.get("device") or "auto")
-    dtype = auto_dtype(given.get("dtype") or "auto", device)
+    automatic = dict.fromkeys(("device", "dtype", "threads", "tile", "flow"), "auto")
+    wanted = automatic | {name: value for name, value in given.items() if value is not None}
+    device = auto_device(wanted["device"])
+    dtype = auto_dtype(wanted["dtype"], device)
     fixed = {
-        "device": device, "dtype": dtype, "threads": auto_threads(given.get("threads") or "auto"),
-        "tile": auto_tile(given.get("tile", "auto"), width, height, device),
+        "device": device, "dtype": dtype, "threads": auto_threads(wanted["threads"]),
+        "tile": auto_tile(wanted["tile"], width, height, device),
     }  # fmt: skip
     models = shared_models(given.get("model"), device, dtype)
-    if (given.get("flow") or "auto") == "auto":
+    if wanted["flow"] == "auto":
         fixed["flow"] = "raft" if models.raft is not None and device != "cpu" else "dis"
-    return models, resolve({**given, **fixed}, models.defaults, models.presets)
+    return models, resolve({**wanted, **fixed}, models.defaults, models.presets)
 
 
 _models: dict[tuple[str, str, str], tuple[object, Models]] = {}
