@@ -141,7 +141,7 @@ class Learner(nn.Module):
         set_temporal(self.unet, name in ("temporal", "vae_video"))
 
     def trainable(self) -> dict[str, list[str]]:
-        """Group -> names of the parameters this stage trains."""
+        """Group -> names of the parameters this stage trains: those groups that its configuration gives a rate."""
         names = [name for name, _ in self.named_parameters()]
         only = lambda *starts: [n for n in names if n.startswith(starts)]  # noqa: E731
         plain = only("vae.decoder.", "vae.post_quant_conv.")
@@ -149,14 +149,15 @@ class Learner(nn.Module):
         new = [n for n in video if "_3d." in n]
         flat = [n for n in video if n not in new]
         time_ = {f"unet.{name}" for name in temporal_parameters(self.unet)}
-        return {
+        groups = {
             "vae": {"encoder": only("vae.encoder.", "vae.quant_conv."), "decoder": flat},
             "unet": {"unet": [n for n in only("unet.") if n not in time_]},
             "fewstep": {"unet": [n for n in only("unet.") if n not in time_], "decoder": flat},
-            "temporal": {"unet": sorted(time_)},
+            "temporal": {"unet": sorted(time_), "decoder": flat, "new": new},
             "vae_video": {"decoder": flat, "new": new},
             "vae_image": {"decoder": plain},
         }[self.name]
+        return {group: names for group, names in groups.items() if group in self.stage["rates"]}
 
     def latents(self, hr: Tensor) -> Tensor:
         """The code "b 4 t h w" of frames: the strongest principal components, over 4x4 pixels, of what they lose by
@@ -174,7 +175,9 @@ class Learner(nn.Module):
         return torch.cat([vae.decode(a, b).float() for a, b in parts], dim=2)
 
     def percept(self, result: Tensor, truth: Tensor) -> Tensor:
-        """stLPIPS (alex) on one random window of every frame."""
+        """stLPIPS (alex) on one random window of every frame; nothing without its weights ("stlpips": false)."""
+        if not self.perceptual:
+            return result.new_zeros(())
         side = min(self.stage.get("window", 64), result.shape[-1])
         y, x = (int(torch.randint(length - side + 1, ())) for length in result.shape[-2:])
         cut = lambda v: v[..., y : y + side, x : x + side].transpose(1, 2).flatten(0, 1)  # noqa: E731
@@ -249,7 +252,7 @@ class Learner(nn.Module):
         count = counts[int(torch.multinomial(torch.tensor(weights, dtype=torch.float), 1))]
         sampler = Sampler(self.schedule, count, "ddim", "trailing")
         share = torch.tensor([1.6] + [1.0] * (count - 1))
-        i = int(torch.multinomial(share, 1)) if grad and self.name == "fewstep" else count - 1
+        i = int(torch.multinomial(share, 1)) if grad else count - 1
         lr, label = self.noised(batch["lr"], level), self.label(z, level)
         x = self.visit(batch, sampler, i, lr, label, z)
         with torch.set_grad_enabled(grad):
@@ -272,16 +275,18 @@ class Learner(nn.Module):
         return losses
 
     def loss_temporal(self, batch: dict, progress: float) -> dict[str, Tensor]:
-        estimate, z, _, level = self.sampled(batch, grad=True)
-        return self.clip_losses(self.decode(estimate, batch["lr"]), batch, level)
+        estimate, _, place, level = self.sampled(batch, grad=True)
+        part, batch = self.window(estimate, batch)
+        return self.clip_losses(self.decode(part, batch["lr"]), batch, level, place)
 
     def loss_vae_video(self, batch: dict, progress: float) -> dict[str, Tensor]:
-        estimate, _, _, level = self.sampled(batch, grad=False)
-        return self.clip_losses(self.decode(estimate, batch["lr"]), batch, level)
+        estimate, _, place, level = self.sampled(batch, grad=False)
+        part, batch = self.window(estimate, batch)
+        return self.clip_losses(self.decode(part, batch["lr"]), batch, level, place)
 
-    def clip_losses(self, result: Tensor, batch: dict, level: int) -> dict[str, Tensor]:
+    def clip_losses(self, result: Tensor, batch: dict, level: int, place: float) -> dict[str, Tensor]:
         """The picture losses, and what the result changes along the flow where the truth does not."""
-        losses = self.picture(result, batch, level)
+        losses = self.picture(result, batch, level, place)
         losses["flicker"] = flicker(result, batch["hr"])
         losses["loss"] = losses["loss"] + self.stage.get("flicker", 1.0) * losses["flicker"]
         return losses
@@ -336,8 +341,7 @@ def give(networks: dict[str, nn.Module], source: Path) -> None:
         return
     saved = torch.load(source, map_location="cpu", weights_only=True)["weights"]
     for key, network in networks.items():
-        if key in saved:
-            network.load_state_dict(saved[key])
+        network.load_state_dict(saved[key])
 
 
 def write_atomically(path: Path, content: Any) -> None:
@@ -377,7 +381,7 @@ def train(
         p.requires_grad_(True)
     lay_out(learner)
     speed_up(learner)
-    if name != "unet":
+    if name != "unet" and config.get("stlpips") is not False:
         learner.perceptual.append(STLPIPS(config.get("stlpips") or data / "packages").to(accelerator.device))
     optimizer = torch.optim.AdamW(
         [{"params": [parameters[n] for n in names], "base": stage["rates"][g]} for g, names in groups.items()],

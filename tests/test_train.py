@@ -1,0 +1,144 @@
+"""Training at toy size: resuming is exact, frozen layers stay frozen, the data's order is a function of the step."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import toy
+from export import export
+from safetensors.torch import save_file
+from train import PROMPTS, Batches, Learner, build, flicker, look, train
+
+from vsuav.checkpoint import load
+from vsuav.schedule import Schedule
+from vsuav.unet import temporal_parameters
+
+
+def config() -> dict:
+    stage = {"steps": 4, "batch": 2, "size": 8, "warmup": 1, "sampler": {"steps": [2], "weights": [1]}, "ema": 0.5}
+    vae = {**toy.VAE_IMAGE, "scaling_factor": 1.0, "bicubic_skip": True}
+    stills, clips = {**stage, "data": "stills.npy"}, {**stage, "data": "clips.npy", "frames": 4, "batch": 1}
+    return {
+        "seed": 3, "precision": "no", "stlpips": False, "unet": toy.UNET, "vae": vae,
+        "vae_video": {**toy.VAE_VIDEO, "scaling_factor": 1.0}, "scheduler": toy.SCHEDULER,
+        "model": {"defaults": toy.DEFAULTS, "presets": toy.PRESETS},
+        "stages": {
+            "vae": {**stills, "rates": {"encoder": 1e-3, "decoder": 1e-3}},
+            "unet": {**stills, "looks": 0.5, "rates": {"unet": 1e-3}},
+            "fewstep": {**stills, "decode": 4, "after": ["unet"], "rates": {"unet": 1e-3, "decoder": 1e-3}},
+            "temporal": {**clips, "decode": 4, "after": ["fewstep", "unet"], "rates": {"unet": 1e-3}},
+            "vae_video": {**clips, "after": ["temporal", "unet"], "rates": {"decoder": 1e-3, "new": 1e-3}},
+            "vae_image": {**stills, "after": ["unet"], "rates": {"decoder": 1e-3}},
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    np.save(folder / "stills.npy", rng.integers(0, 256, (5, 40, 40, 3), dtype=np.uint8))
+    np.save(folder / "clips.npy", rng.integers(0, 256, (3, 5, 40, 40, 3), dtype=np.uint8))
+    np.save(folder / "basis.npy", rng.normal(size=(4, 48)).astype(np.float32))
+    states = {str(i): torch.randn(3, toy.UNET["cross_attention_dim"]) for i in range(len(PROMPTS))}
+    save_file(states, folder / "prompts.safetensors", metadata={"prompts": json.dumps(PROMPTS)})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    saved = torch.load(path, weights_only=True)["weights"]
+    return {f"{part}.{name}": value for part, state in saved.items() for name, value in state.items()}
+
+
+@pytest.mark.parametrize("stage", ["unet", "fewstep"])
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(data, tmp_path, stage):
+    whole = weights(train(stage, config(), data, tmp_path / "whole"))
+    train(stage, config(), data, tmp_path / "broken", stop=2)
+    resumed = weights(train(stage, config(), data, tmp_path / "broken", resume=True))
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+@pytest.mark.parametrize("stage", ["vae", "unet", "temporal", "vae_video", "vae_image"])
+def test_only_what_a_stage_trains_moves(data, tmp_path, stage):
+    settings = config()
+    before = {f"{part}.{n}": v.clone() for part, net in build(settings).items() for n, v in net.state_dict().items()}
+    after = weights(train(stage, settings, data, tmp_path, steps=2))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    unet = build(settings)["unet"]
+    in_time = {f"unet.{name}" for name in temporal_parameters(unet)}
+    allowed = {
+        "vae": lambda n: n.startswith(("vae.encoder.", "vae.quant", "vae_video.")) and "_3d" not in n,
+        "unet": lambda n: n.startswith("unet.") and n not in in_time,
+        "temporal": lambda n: n in in_time or "rotary_emb" in n,
+        "vae_video": lambda n: n.startswith(("vae_video.decoder", "vae_video.post_quant")),
+        "vae_image": lambda n: n.startswith(("vae.decoder", "vae.post_quant")),
+    }[stage]
+    assert moved and all(allowed(name) for name in moved), sorted(n for n in moved if not allowed(n))
+
+
+def test_the_decoder_is_frozen_at_first(data, tmp_path):
+    settings = config()
+    settings["stages"]["fewstep"]["decoder_frozen"] = 0.5
+    settings["stages"]["fewstep"]["ema"] = 0.0
+    start = build(settings)["vae_video"].state_dict()
+    half = weights(train("fewstep", settings, data, tmp_path, stop=2))
+    full = weights(train("fewstep", settings, data, tmp_path, resume=True))
+    name = "decoder.conv_in.weight"
+    assert torch.equal(half[f"vae_video.{name}"], start[name])
+    assert not torch.equal(full[f"vae_video.{name}"], start[name])
+
+
+def test_batches_are_a_function_of_the_step(data):
+    stage = config()["stages"]["unet"]
+    one, two = (Batches(data, stage, 3, "unet") for _ in range(2))
+    for key, value in one[7].items():
+        assert torch.equal(value, two[7][key])
+    assert not torch.equal(one[7]["hr"], one[8]["hr"])
+    assert not torch.equal(one[7]["hr"], Batches(data, stage, 3, "unet", rank=1)[7]["hr"])
+    assert one[0]["hr"].shape == (2, 3, 1, 32, 32) and one[0]["lr"].shape == (2, 3, 1, 8, 8)
+
+
+def test_the_code_of_a_constant_picture_is_zero_and_of_a_ramp_is_not():
+    settings = config()
+    basis = torch.randn(4, 48)
+    schedule = Schedule.from_config(settings["scheduler"])
+    learner = Learner(build(settings), schedule, settings["stages"]["vae"], "vae", torch.zeros(1, 3, 16), basis)
+    assert learner.latents(torch.full((1, 3, 2, 32, 32), 0.3)).abs().max() < 1e-4
+    noise = learner.latents(torch.randn(1, 3, 2, 32, 32))
+    assert noise.shape == (1, 4, 2, 8, 8) and noise.abs().mean() > 0.1
+
+
+def test_flicker_sees_change_over_time_only():
+    still = torch.rand(1, 3, 1, 160, 160).expand(-1, -1, 3, -1, -1).contiguous()
+    assert flicker(still, still) < 1e-6
+    assert flicker(still * 0.5 + 0.1, still) < 1e-6
+    assert flicker(still + 0.2 * torch.randn_like(still), still) > 0.1
+
+
+@pytest.mark.parametrize("name", PROMPTS[2:])
+def test_every_look_changes_the_picture(name):
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    changed = look(frames, name, rng)
+    assert changed.shape == frames.shape and changed.dtype == np.uint8 and (changed != frames).mean() > 0.3
+
+
+def test_what_was_trained_can_be_exported_and_loaded(data, tmp_path):
+    path = train("unet", config(), data, tmp_path / "run", steps=1)
+    export(path, tmp_path / "model", data / "prompts.safetensors")
+    models = load(tmp_path / "model")
+    assert models.kind == "vsuav" and models.defaults["preset"] == toy.DEFAULTS["preset"]
+    name = "conv_in.weight"
+    assert torch.allclose(models.unet.state_dict()[name], weights(path)[f"unet.{name}"], atol=1e-3)
