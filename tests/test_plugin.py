@@ -300,7 +300,7 @@ def test_everything_is_freed_but_the_weights_and_unload_frees_those(model):
     clip = clip_of(pixels(8, 16, 16), ())
     result = upscale(clip, model=model, steps=2, dtype="float32", threads=1)
     ask(result, "linear")
-    [models] = networks._models.values()
+    [(_, models)] = networks._models.values()
     shared = weakref.ref(models)
     del models
     kinds = ("Restorer", "Engine", "Store", "Networks", "Records")
