@@ -64,7 +64,7 @@ make_environment() {
     rm -f .venv/vsuav-stamp
     touch .venv/vsuav-unfinished
     say "installing vsuav and what it needs (PyTorch is large: the first time takes minutes)"
-    if ! .venv/bin/python -m pip install --disable-pip-version-check --no-input --editable '.[test]' 2>&1 9>&- |
+    if ! .venv/bin/python -m pip install --disable-pip-version-check --no-input --no-compile --editable '.[test]' 2>&1 9>&- |
         tee .venv/install.log |
         sed -u -n -E 's/^ *(Collecting|Downloading|Building|Installing|Successfully|ERROR)( .{0,110}).*/  \1\2/p' >&2; then
         tail -n 20 .venv/install.log >&2
