@@ -1,8 +1,8 @@
 """The networks written the plain way, in float32: what scripts/bench.py compares ours with.
 
 Default memory layout, 3-D kernels for the convolutions over time, tensors rearranged between layers, attention matrices
-written out, the text's keys computed in every call. It reads the state dicts of `UNetVideo` and `VAE` and gives the same
-numbers; nothing is made fast and nothing is made slow on purpose.
+written out, the text's keys computed in every call. It reads the state dicts of `UNetVideo` and `VAE` and gives the
+same numbers; nothing is made fast and nothing is made slow on purpose.
 """
 
 from collections.abc import Mapping
@@ -94,7 +94,7 @@ class PlainUNet:
     """`UNetVideo`'s prediction, from its configuration and its state dict."""
 
     def __init__(self, config: UNetConfig, state: Mapping[str, Tensor]):
-        self.config, self.weights = config, tree(state)
+        self.config, self.state, self.weights = config, state, tree(state)
 
     def __call__(self, sample: Tensor, timestep: Tensor, low_res: Tensor, context: Tensor, level: Tensor) -> Tensor:
         """sample "b 4 t h w", timestep (b,), low_res "b 3 t h w", context "b l d", level (b,) -> v "b 4 t h w"."""
@@ -143,7 +143,8 @@ class PlainUNet:
         x = residual(x, p.resblock_temporal, self.config.temporal_norm_num_groups, 1e-6)
         (b, c, t, h, w), heads, block = x.shape, self.config.attention_head_dim, p.transformer_blocks[0]
         frames = x.transpose(1, 2).flatten(0, 1)
-        z = linear(norm(frames, p.norm, self.config.norm_num_groups, 1e-6).flatten(2).transpose(1, 2), p.proj_in)
+        z = norm(frames, p.norm, self.config.norm_num_groups, 1e-6).flatten(2).transpose(1, 2).contiguous()
+        z = linear(z, p.proj_in)
         text = context.repeat_interleave(t, dim=0)
 
         def attention(z: Tensor, p: Node, source: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ class PlainDecoder:
     """`VAE.decode`, from the configuration and the state dict of a `VAE`."""
 
     def __init__(self, config: VAEConfig, state: Mapping[str, Tensor]):
-        self.config, self.weights = config, tree(state)
+        self.config, self.state, self.weights = config, state, tree(state)
 
     def __call__(self, z: Tensor, low_res: Tensor) -> Tensor:
         """z "b 4 t h w", unscaled; low_res "b 3 t h w" -> "b 3 t 4h 4w"."""
@@ -201,7 +202,7 @@ class PlainDecoder:
     def attention(self, x: Tensor, p: Node) -> Tensor:
         b, _, t, h, w = x.shape
         frames = x.transpose(1, 2).flatten(0, 1)
-        z = norm(frames, p.group_norm, self.config.norm_num_groups, 1e-6).flatten(2).transpose(1, 2)
+        z = norm(frames, p.group_norm, self.config.norm_num_groups, 1e-6).flatten(2).transpose(1, 2).contiguous()
         q, k, v = (split(linear(z, to), 1) for to in (p.query, p.key, p.value))
         z = linear(attend(q, k, v), p.proj_attn).transpose(1, 2).unflatten(2, (h, w))
         return x + z.unflatten(0, (b, t)).transpose(1, 2)

@@ -1,0 +1,241 @@
+"""What surrounds the networks, and whole clips: parts, overhead, frames a second, memory, and how results differ."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from math import log10
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import vapoursynth as vs
+from bench_networks import Call, Timing, race
+from degrade import read_video
+from torch import Tensor
+
+from vsuav import color, frames, upscale
+from vsuav.engine import Engine, restore
+from vsuav.flow import DIS
+from vsuav.metrics import psnr_y
+from vsuav.networks import Networks, choose, exact_arithmetic
+from vsuav.noise import frame_noise
+from vsuav.plan import BLOCK, Recipe, plan_block
+from vsuav.plugin import Restorer
+from vsuav.propagation import link, propagate
+from vsuav.schedule import Sampler, Schedule
+from vsuav.settings import PRESETS, Settings
+from vsuav.shots import Shots
+from vsuav.store import Store
+from vsuav.tiling import CHUNK, axis_tiles
+from vsuav.turns import worker
+
+SAMPLE = Path(__file__).resolve().parent / "sample" / "city.mp4"
+CHAIN = 24
+SCHEDULE = Schedule(prediction_type="v_prediction")
+
+Size = tuple[int, int]
+"""Width and height of the input, in pixels."""
+
+
+class Nothing:
+    """What the engine asks of networks, at no cost: every result is there already."""
+
+    def __init__(self, settings: Settings, size: Size):
+        width, height = size
+        self.settings, self.latent_dtype, self.digest = settings, torch.float32, "nothing"
+        self.sampler = Sampler(SCHEDULE, settings.steps, settings.solver, settings.spacing)
+        self.recipe = Recipe(
+            settings.steps, self.sampler.history, frozenset(settings.propagation_steps), settings.propagation_radius
+        )
+        self.worker = worker("cpu")
+        self._predictions = torch.zeros(8, 4, height, width)
+        self._pictures = torch.full((CHUNK, 3, 4 * height, 4 * width), 0.5)
+        self._flows = torch.zeros(4, height, width)
+
+    def arithmetic(self) -> contextlib.AbstractContextManager[None]:
+        return exact_arithmetic(self.settings.threads)
+
+    def noise(self, stream: str, frame: int, shape: tuple[int, ...]) -> Tensor:
+        return frame_noise(self.settings.seed, stream, frame, shape)
+
+    def window(self, step: int, frames: Sequence[int], latents, low_res, prompt: str) -> Tensor:
+        return self._predictions[: len(frames)]
+
+    def decode(self, frames: Sequence[int], latents, low_res) -> Tensor:
+        return self._pictures[: len(frames)]
+
+    def flow(self, first: Tensor, second: Tensor) -> Tensor:
+        return self._flows
+
+
+def sample(length: int, size: Size | None = None) -> Tensor:
+    """The first frames of the bundled sample clip, over and over if it is too short, "t 3 h w" in [-1, 1]."""
+    clip = torch.from_numpy(read_video(SAMPLE, length)[0]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    clip = clip[torch.arange(length) % len(clip)]
+    if size is None:
+        return clip
+    enlarged = torch.nn.functional.interpolate(clip, size=size[::-1], mode="bicubic", align_corners=False)
+    return enlarged.clamp(-1, 1)
+
+
+def node(clip: Tensor, format: int) -> vs.VideoNode:
+    """A clip "t 3 h w" in [-1, 1] as VapourSynth frames of a format."""
+    length, _, height, width = clip.shape
+    pixels = ((clip + 1) * 127.5).round().to(torch.uint8).numpy()
+    blank = vs.core.std.BlankClip(format=vs.RGB24, width=width, height=height, length=length, keep=True)
+    matrix = {"matrix": 1} if format not in (vs.RGB24, vs.RGBS) else {}
+    return blank.std.ModifyFrame(blank, functools.partial(_fill, pixels)).resize.Bicubic(format=format, **matrix)
+
+
+def _fill(pixels: np.ndarray, n: int, f: vs.VideoFrame) -> vs.VideoFrame:
+    frame = f.copy()
+    for plane in range(3):
+        np.copyto(np.asarray(frame[plane]), pixels[n, plane])
+    return frame
+
+
+def drain(clip: vs.VideoNode) -> None:
+    """Ask for every frame once, in order and ahead, as an encoder does."""
+    for _ in clip.frames(close=True):
+        pass
+
+
+@contextlib.contextmanager
+def vapoursynth_threads(threads: int) -> Iterator[None]:
+    before, vs.core.num_threads = vs.core.num_threads, threads
+    try:
+        yield
+    finally:
+        vs.core.num_threads = before
+
+
+def parts(size: Size, settings: Settings) -> dict[str, Call]:
+    """Everything around the networks that costs time, one call each, for input of `size`."""
+    width, height = size
+    clip = sample(CHAIN, size)
+    dis = DIS()
+    forward, backward = dis(clip[0], clip[1])
+    latents = torch.randn(1, 4, CHAIN, height, width)
+    flows = [flow[None, :, None].expand(-1, -1, CHAIN - 1, -1, -1) for flow in (forward, backward)]
+    content, low = torch.rand(CHUNK, 3, 4 * height, 4 * width) * 2 - 1, clip[:CHUNK].contiguous()
+    recipe = Nothing(settings, size).recipe
+    released = PRESETS["reference"]
+    longest = Recipe(released["steps"], 0, frozenset(released["propagation_steps"]))
+    shots = Shots(10_000)
+    store, latent = Store(1 << 40), latents[0, :, 0].clone()
+
+    def keep() -> None:
+        for n in range(1000):
+            store.put(("latent", 1, n), latent)
+            store.get(("latent", 1, n))
+
+    return {
+        "flow, one pair, both ways": lambda: dis(clip[0], clip[1]),
+        "propagation, one link": lambda: link(latents[0, :, 0], latents[0, :, 1], forward, backward),
+        f"propagation, chains of {CHAIN} both ways": lambda: propagate(latents, *flows),
+        "noise of one frame": lambda: frame_noise(0, "latent", 1, (4, height, width)),
+        f"colour, wavelet, {CHUNK} frames": lambda: color.wavelet(content, color.bicubic4(low)),
+        f"colour, AdaIN, {CHUNK} frames": lambda: color.adain(content, color.bicubic4(low)),
+        "store, 1000 times in and out": keep,
+        "planner, cold block, this model": lambda: plan_block(500, recipe, shots, lambda key: False),
+        "planner, cold block, 30 steps": lambda: plan_block(500, longest, shots, lambda key: False),
+    }
+
+
+def overhead(size: Size, settings: Settings, length: int, repeat: int, budget: float) -> dict[str, Timing]:
+    """Seconds a frame of engine and plugin without networks, and of a plain resize, measured in turns."""
+    clip = sample(length, size)
+    nothing = Nothing(settings, size)
+    calls: dict[str, Call] = {"engine": lambda: restore(clip, nothing)}
+    for name, format in (("RGBS", vs.RGBS), ("YUV420P8", vs.YUV420P8)):
+        source = node(clip, format)
+        source.std.SetVideoCache(mode=1, fixedsize=1, maxsize=length)
+        calls[f"plugin, {name}"] = lambda source=source: drain(_restored(source, nothing))
+        calls[f"resize.Bicubic, {name}"] = lambda source=source: drain(
+            source.resize.Bicubic(4 * source.width, 4 * source.height)
+        )
+    with vapoursynth_threads(settings.threads):
+        times = race(calls, repeat, budget)
+    return {name: Timing(taken.least / length, taken.median / length) for name, taken in times.items()}
+
+
+def _restored(source: vs.VideoNode, networks: Nothing) -> vs.VideoNode:
+    look = frames.inspect(source)
+    restorer = Restorer(source, look, networks, 1 << 30, None, 0)
+    return frames.give_back(restorer.clip(), source, look, 4 * source.width, 4 * source.height)
+
+
+def whole(
+    model: Path, size: Size, dtypes: Sequence[str], threads: int, length: int, repeat: int, budget: float
+) -> dict[str, Timing]:
+    """Seconds a frame of `upscale` with the model's default preset, by dtype; loading is left out."""
+    source = node(sample(length, size), vs.YUV420P8)
+    build = {dtype: functools.partial(upscale, source, model, dtype=dtype, threads=threads) for dtype in dtypes}
+    for dtype in dtypes:
+        upscale(source[:BLOCK], model, dtype=dtype, threads=threads).get_frame(0)
+    with vapoursynth_threads(threads):
+        times = race({dtype: lambda made=made: drain(made()) for dtype, made in build.items()}, repeat, budget, least=1)
+    return {dtype: Timing(taken.least / length, taken.median / length) for dtype, taken in times.items()}
+
+
+def peak(model: Path, size: Size, dtype: str, threads: int, length: int) -> dict[str, int]:
+    """Bytes of memory a process needs at most for `upscale`, and before it does anything, measured in a fresh one."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_peak, model, size, dtype, threads, length).result()
+
+
+def _peak(model: Path, size: Size, dtype: str, threads: int, length: int) -> dict[str, int]:
+    torch.set_num_threads(threads)
+    source = node(sample(length, size), vs.YUV420P8)
+    before = _most_memory()
+    drain(upscale(source, model, dtype=dtype, threads=threads))
+    return {"peak": _most_memory(), "before": before}
+
+
+def _most_memory() -> int:
+    """The high-water mark of this process's memory, in bytes (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Of all channels, peak 1, in dB."""
+    error = (a.double() - b.double()).square().mean().item()
+    return -10 * log10(error) if error else float("inf")
+
+
+def seam(pictures: Tensor, size: Size, tile: Size, overlap: int) -> float:
+    """Mean gradient across borders of tiles over that elsewhere, of pictures "t 3 4h 4w"; sizes are the input's."""
+    across, elsewhere = [], []
+    for axis, length, side in ((-1, size[0], tile[0]), (-2, size[1], tile[1])):
+        ends = {4 * end for span in axis_tiles(length, side, overlap) for end in span} - {0, 4 * length}
+        steps = pictures.diff(dim=axis).abs().double().movedim(axis, 0).flatten(1).mean(1)
+        for place, step in enumerate(steps.tolist(), 1):
+            (across if place in ends else elsewhere).append(step)
+    return (sum(across) / len(across)) / (sum(elsewhere) / len(elsewhere))
+
+
+def differences(model: Path, threads: int, length: int, report: Callable[[str, float], None]) -> None:
+    """How far results of the sample clip lie apart: bfloat16 from float32, tiled from whole."""
+    clip = sample(length)
+    size = clip.shape[-1], clip.shape[-2]
+    given = {"model": model, "dtype": "float32", "threads": threads, "tile": 0}
+    models, settings = choose(given, *size)
+    networks = Networks(models, settings)
+    exact = restore(clip, networks)
+    coarse = restore(clip, Networks(*choose({**given, "dtype": "bfloat16"}, *size)))
+    report("PSNR of bfloat16 against float32, dB", psnr(coarse, exact))
+    report("PSNR-Y of bfloat16 against float32, dB", psnr_y(coarse, exact))
+    tile = tuple(side * 5 // 8 // 8 * 8 for side in size)
+    tiled = Networks(models, replace(settings, tile=tile))
+    cut = restore(clip, tiled)
+    report(f"PSNR of tiles of {tile[0]}x{tile[1]} against whole frames, dB", psnr(cut, exact))
+    latents = Engine(networks, Store(1 << 40)).latents(range(CHUNK), Shots(length), dict(enumerate(clip)))
+    with networks.arithmetic():
+        first = [n.decode(range(CHUNK), latents, list(clip[:CHUNK])) for n in (tiled, networks)]
+    report("the same, only the decoder tiled, dB", psnr(*first))
+    ratios = [seam(pictures, size, tile, settings.tile_overlap) for pictures in (cut, exact)]
+    report("gradient across tile borders over elsewhere, tiled / whole", ratios[0] / ratios[1])
