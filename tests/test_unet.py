@@ -151,11 +151,12 @@ def test_residual_blocks(b):
     close(fresh(x), y + F.conv3d(act(fresh.norm_3d, y), fresh.conv_3d.weight, fresh.conv_3d.bias, padding=1))
 
 
-@pytest.mark.parametrize("size", [None, (8, 12), (7, 11)])
-def test_enlarging(size):
-    """Nearest neighbour to the size asked for, then the convolution; without gradients twice is computed by phases."""
-    up, x = Up(6).requires_grad_(False), video(2, 6, 3, 4, 6)
-    rows, columns = (torch.arange(n) * m // n for n, m in zip(size or (8, 12), (4, 6), strict=True))
+@pytest.mark.parametrize("size", [None, (16, 24), (15, 23)])
+@pytest.mark.parametrize("t", [1, 3])
+def test_enlarging(size, t):
+    """Nearest neighbour to the size asked for, then the convolution; large frames are computed by phases."""
+    up, x = Up(6).requires_grad_(False), video(2, 6, t, 8, 12)
+    rows, columns = (torch.arange(n) * m // n for n, m in zip(size or (16, 24), (8, 12), strict=True))
     large = x[:, :, :, rows][..., columns]
     expected = F.conv3d(large, up.conv.weight[:, :, None], up.conv.bias, padding=(0, 1, 1))
     for grad in (True, False):

@@ -249,11 +249,11 @@ class Up(nn.Module):
         self.conv = FrameConv(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        h, w = x.shape[3:]
+        b, _, t, h, w = x.shape
         size = size or (2 * h, 2 * w)
-        if size == (2 * h, 2 * w) and not torch.is_grad_enabled():
+        if size == (2 * h, 2 * w) and b * t * h * w >= 256 and not torch.is_grad_enabled():
             return doubled(x, self.conv.weight, self.conv.bias)
-        return self.conv(clip(F.interpolate(frames(x), size=size, mode="nearest"), x.shape[2]))
+        return self.conv(clip(F.interpolate(frames(x), size=size, mode="nearest"), t))
 
 
 def doubled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -262,17 +262,21 @@ def doubled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     An output pixel of phase (p, q) in 0..1 squared sees 2x2 pixels of x, whose weights are sums of the nine: over the
     rows, phase 0 has w0 | w1 + w2 and phase 1 has w0 + w1 | w2; the columns likewise.
     """
-    out, c = weight.shape[:2]
-    rows = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float32, device=weight.device)
-    phases = torch.einsum("pyi,qxj,ocij->pqocyx", rows, rows, weight.float()).to(weight.dtype)
+
+    def phase(w: Tensor, axis: int, p: int) -> Tensor:
+        first, middle, last = w.unbind(axis)
+        return torch.stack([first + middle, last] if p else [first, middle + last], axis)
+
     (b, _, t, h, w), m = x.shape, frames(x)
-    y = torch.empty(b * t, h, 2, w, 2, out, dtype=x.dtype, device=x.device)
+    wide = weight.float().permute(0, 2, 3, 1)
+    y = torch.empty(b * t, h, 2, w, 2, len(weight), dtype=x.dtype, device=x.device)
     for p in (0, 1):
+        rows = phase(wide, 1, p)
         for q in (0, 1):
-            kernel = phases[p, q].contiguous(memory_format=torch.channels_last)
+            kernel = phase(rows, 2, q).to(weight.dtype).permute(0, 3, 1, 2)
             part = F.conv2d(m, kernel, bias, padding=1).permute(0, 2, 3, 1)
             y[:, :, p, :, q] = part[:, p : p + h, q : q + w]
-    return video(y.view(b, t, 2 * h, 2 * w, out))
+    return video(y.view(b, t, 2 * h, 2 * w, -1))
 
 
 def zeroed[M: nn.Module](module: M) -> M:
