@@ -27,6 +27,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from baselines import NETWORKS, baseline
 from degrade import Drift, Recipe, Round, degrade, read_video
 from make_data import PACKAGES, Package, fetch
 from perceptual import STLPIPS
@@ -68,7 +69,6 @@ OURS = {
     "8 steps": {"steps": 8},
 }
 """Row -> what differs from the model's defaults."""
-MAIN = ("bicubic", "lanczos", "fidelity", "default")
 
 
 def tensor(frames: np.ndarray) -> Tensor:
@@ -260,7 +260,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, help="folder of NAME.lr.mkv and NAME.hr.mkv")
     parser.add_argument("--model", type=Path, help="default: the bundled model")
     parser.add_argument("--packages", type=Path, default=Path("data/packages"), help="where packages lie or go")
-    parser.add_argument("--rows", default=None, help=f"of bicubic, lanczos, {', '.join(OURS)}; default: all")
+    named = ', '.join((*NETWORKS, *OURS))
+    parser.add_argument("--rows", help=f"of bicubic, lanczos, {named}; default: all but x4plus")
     parser.add_argument("--kinds", default="clean,degraded")
     parser.add_argument("--frames", type=int, default=12, help="at most so many frames of a clip")
     parser.add_argument("--size", default="384x256", help="at most so many pixels of the clean clips, WxH")
@@ -277,8 +278,11 @@ def main() -> None:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     ours = Ours(args.model, args.seed)
     rows = {"bicubic": bicubic, "lanczos": enlarge(cv2.INTER_LANCZOS4)}
+    rows |= {name: lambda low, name=name: baseline(name, args.packages)(low) for name in NETWORKS}
     rows |= {name: ours.row(**given) for name, given in OURS.items()}
-    if args.rows:
+    if args.rows is None:
+        del rows["x4plus"]  # a minute a frame on a CPU: ask for it
+    else:
         unknown = set(args.rows.split(",")) - set(rows)
         if unknown:
             parser.error(f"--rows must be of {', '.join(rows)}, got {', '.join(sorted(unknown))}")

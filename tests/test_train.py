@@ -8,10 +8,12 @@ import pytest
 import torch
 import toy
 from export import export
+from fastnorm import speed_up
 from safetensors.torch import save_file
-from train import PROMPTS, Batches, Learner, build, flicker, look, train
+from train import DETAIL, FIDELITY, PROMPTS, Batches, Learner, build, fill_levels, flicker, look, train
 
 from vsuav.checkpoint import load
+from vsuav.layers import JointNorm, VolumeConv
 from vsuav.schedule import Schedule
 from vsuav.unet import temporal_parameters
 
@@ -100,6 +102,27 @@ def test_the_decoder_is_frozen_at_first(data, tmp_path):
     assert not torch.equal(full[f"vae_video.{name}"], start[name])
 
 
+def test_the_quick_layers_are_the_same_functions():
+    torch.manual_seed(0)
+    for layer, x in (
+        (JointNorm(2, 6, 1e-6), torch.randn(2, 6, 3, 5, 4) + 1),
+        (VolumeConv(6, 4, 3, padding=1), torch.randn(2, 6, 3, 5, 4)),
+        (VolumeConv(6, 4, 3, padding=1), torch.randn(2, 6, 1, 5, 4)),
+    ):
+        torch.nn.init.normal_(layer.bias)
+        found = []
+        for quick in (False, True):
+            if quick:
+                speed_up(layer)
+            layer.zero_grad()
+            source = x.clone().requires_grad_()
+            y = layer(source, act=True) if isinstance(layer, JointNorm) else layer(source)
+            (y * torch.arange(y.numel()).view(y.shape).sin()).sum().backward()
+            found.append([y.detach(), source.grad, layer.weight.grad.clone(), layer.bias.grad.clone()])
+        for expected, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
+
+
 def test_batches_are_a_function_of_the_step(data):
     stage = config()["stages"]["unet"]
     one, two = (Batches(data, stage, 3, "unet") for _ in range(2))
@@ -125,6 +148,15 @@ def test_flicker_sees_change_over_time_only():
     assert flicker(still, still) < 1e-6
     assert flicker(still * 0.5 + 0.1, still) < 1e-6
     assert flicker(still + 0.2 * torch.randn_like(still), still) > 0.1
+
+
+def test_untrained_noise_levels_lie_between_the_trained_ones():
+    table = torch.full((1000, 2), torch.nan)
+    known = (FIDELITY, *DETAIL)
+    table[list(known)] = torch.tensor([[level, -level] for level in known], dtype=torch.float32)
+    fill_levels(table)
+    expected = torch.arange(1000.0).clamp(max=max(known))
+    torch.testing.assert_close(table, torch.stack([expected, -expected], 1))
 
 
 @pytest.mark.parametrize("name", PROMPTS[2:])
