@@ -72,7 +72,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, model: Path):
         self.options, self.model = options, model
-        self.roofline = Roofline(0.01 if options.quick else 0.05)
+        self.roofline = Roofline(0.002 if options.quick else 0.05)
         self.race = partial(race, repeat=options.repeat, budget=options.budget)
 
     def network(self, name: str, size: str, calls: dict[str, Call], plain: Call, sketch: Call) -> Iterator[dict]:

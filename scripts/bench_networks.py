@@ -194,14 +194,18 @@ class _Live(TorchDispatchMode):
         super().__init__()
         self.peak = 0
         self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._parameters: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         self._held = {key: held for key, held in self._held.items() if not held[0].expired()}
         for tensor in tree_leaves((args, made)):
-            if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
+            if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                self._held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                if isinstance(tensor, nn.Parameter):
+                    self._parameters.add(storage._cdata)
+                if storage._cdata not in self._parameters:
+                    self._held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.peak = max(self.peak, sum(size for _, size in self._held.values()))
         return made
 
