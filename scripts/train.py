@@ -276,9 +276,12 @@ class Learner(nn.Module):
         return losses
 
     def loss_temporal(self, batch: dict, progress: float) -> dict[str, Tensor]:
-        estimate, _, place, level = self.sampled(batch, grad=True)
+        estimate, z, place, level = self.sampled(batch, grad=True)
         part, batch = self.window(estimate, batch)
-        return self.clip_losses(self.decode(part, batch["lr"]), batch, level, place)
+        losses = self.clip_losses(self.decode(part, batch["lr"]), batch, level, place)
+        losses["latent"] = (estimate - z).square().mean()
+        losses["loss"] = losses["loss"] + self.stage.get("latent", 0.1) * losses["latent"]
+        return losses
 
     def loss_vae_video(self, batch: dict, progress: float) -> dict[str, Tensor]:
         estimate, _, place, level = self.sampled(batch, grad=False)
