@@ -3,7 +3,7 @@
     python scripts/evaluate.py                        builds its clips from packages (see scripts/make_data.py)
     python scripts/evaluate.py --clips DIR            takes every clean clip of a folder
     python scripts/evaluate.py --pairs DIR            takes NAME.lr.mkv with NAME.hr.mkv, degraded by somebody else
-        [--model FOLDER] [--rows bicubic,default,…] [--frames 12] [--size 384x256] [--json FILE] [--out FOLDER]
+        [--model FOLDER] [--rows "bicubic;default;…"] [--frames 12] [--size 384x256] [--json FILE] [--out FOLDER]
 
 Clean clips are reduced to a quarter twice: cleanly (antialiased bicubic) and through scripts/degrade.py, seeded by
 their names. Columns: PSNR-Y (dB), SSIM of the luma, stLPIPS-vgg (lower is better), E_warp(DIS) (squared warping
@@ -57,6 +57,7 @@ GENERATED = Package(
 
 OURS = {
     "fidelity": {"noise_level": 0},
+    "fidelity, 1 step": {"noise_level": 0, "steps": 1, "propagation_steps": []},
     "default": {},
     "without temporal layers": {"temporal": False},
     "without propagation": {"propagation_steps": []},
@@ -261,7 +262,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="default: the bundled model")
     parser.add_argument("--packages", type=Path, default=Path("data/packages"), help="where packages lie or go")
     named = ', '.join((*NETWORKS, *OURS))
-    parser.add_argument("--rows", help=f"of bicubic, lanczos, {named}; default: all but x4plus")
+    parser.add_argument("--rows", help=f"of bicubic, lanczos, {named}; default: all but x4plus; separated by ;")
     parser.add_argument("--kinds", default="clean,degraded")
     parser.add_argument("--frames", type=int, default=12, help="at most so many frames of a clip")
     parser.add_argument("--size", default="384x256", help="at most so many pixels of the clean clips, WxH")
@@ -283,10 +284,10 @@ def main() -> None:
     if args.rows is None:
         del rows["x4plus"]  # a minute a frame on a CPU: ask for it
     else:
-        unknown = set(args.rows.split(",")) - set(rows)
+        unknown = set(args.rows.split(";")) - set(rows)
         if unknown:
             parser.error(f"--rows must be of {', '.join(rows)}, got {', '.join(sorted(unknown))}")
-        rows = {name: rows[name] for name in args.rows.split(",")}
+        rows = {name: rows[name] for name in args.rows.split(";")}
     percept = None
     if not args.no_percept:
         fetch(next(p for p in PACKAGES if p.use == "loss"), args.packages)
