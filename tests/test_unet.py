@@ -114,6 +114,20 @@ def test_norm_is_joint_over_frames(act):
             np.testing.assert_allclose(got[b, c], y / (1 + np.exp(-y)) if act else y, atol=1e-5)
 
 
+@pytest.mark.parametrize("act", [False, True])
+def test_norm_of_large_frames_is_exact(act):
+    """Against float64, where summing a quarter of a million numbers in float32 would be seen."""
+    norm = JointNorm(2, 4, eps=1e-6).requires_grad_(False)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = 2 + video(2, 4, 2, 300, 301)
+    exact = F.group_norm(x.double().contiguous(), 2, norm.weight.double(), norm.bias.double(), 1e-6)
+    with torch.no_grad():
+        got = norm(x, act=act)
+    assert got.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(got.double(), F.silu(exact) if act else exact, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize(("k", "t"), [(3, 1), (3, 5), (5, 2), (5, 7)])
 def test_time_convolution(k, t):
     conv, x = TimeConv(6, 4, k).requires_grad_(False), video(2, 6, t, 3, 4)

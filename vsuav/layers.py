@@ -118,6 +118,10 @@ class Linear(nn.Linear):
         return affine(x, self.weight, self.bias, add)
 
 
+LARGE, PART = 1 << 17, 1 << 14
+"""Pixels of a clip from which on its norms are computed in parts, and pixels of a part."""
+
+
 class JointNorm(nn.GroupNorm):
     """Group normalisation of "b c t h w", optionally followed by SiLU.
 
@@ -126,10 +130,31 @@ class JointNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor, act: bool = False) -> Tensor:
-        y = torch.group_norm(timeline(x), self.num_groups, self.weight, self.bias, self.eps)
+        if x.device.type == "cpu" and x[0, 0].numel() > LARGE and not torch.is_grad_enabled():
+            y = torch.cat([self.large(m) for m in memory(x).split(1)]).permute(0, 3, 1, 2)
+        else:
+            y = torch.group_norm(timeline(x), self.num_groups, self.weight, self.bias, self.eps)
         if act:
             y = F.silu(y, inplace=not torch.is_grad_enabled())
         return untimeline(y, *x.shape[3:])
+
+    def large(self, m: Tensor) -> Tensor:
+        """The same for one large clip "1 t h w c" -> "1 t (h w) c", as exact as for a small one.
+
+        On a CPU, torch sums all pixels of a channel one after the other in float32, which at a million pixels is wrong
+        in the fourth digit. So the sums of parts are taken, and joined in float64.
+        """
+        _, t, h, w, c = m.shape
+        rows = next((n for n in range(t * h, 0, -1) if t * h % n == 0 and n * w <= PART), 1)
+        parts = m.view(-1, rows * w, 1, c).permute(0, 3, 1, 2)
+        ones, k = torch.ones(c), len(parts)
+        _, mean, rstd = torch.native_group_norm(parts, ones, 0 * ones, k, c, rows * w, self.num_groups, self.eps)
+        mean, variance = mean.double(), rstd.double() ** -2 - self.eps
+        mean, variance = mean.mean(0), variance.mean(0) + mean.var(0, correction=0)
+        mean, variance = (v.float().repeat_interleave(c // self.num_groups) for v in (mean, variance))
+        y = m.view(1, t, h * w, c).permute(0, 3, 1, 2)
+        y = F.batch_norm(y, mean, variance, self.weight.float(), self.bias.float(), eps=self.eps)
+        return y.permute(0, 2, 3, 1)
 
 
 class Conv(nn.Module):
