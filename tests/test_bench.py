@@ -227,10 +227,13 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path, capsys):
 
 
 def test_gpu_memory_of_released_networks_grows_with_the_picture():
-    """Weights by the number of parameters; activations, which hold no matrix of scores, in proportion to pixels."""
+    """Weights by the number of parameters; activations, which hold no matrix of scores, at most as the pixels do.
+
+    A little less, because kernels that are summed at every call do not grow with the picture.
+    """
     sizes = {size: dict(bench.predicted(UNetConfig(), bench.RELEASED_DECODER, torch.float16, *size))
              for size in ((32, 32), (64, 64))}  # fmt: skip
     small, large = sizes[32, 32], sizes[64, 64]
     assert small["U-Net weights"] == large["U-Net weights"] == 2 * 691_036_436
     for what in ("U-Net activations, guided", "VAE activations, float32"):
-        assert 3.5 < large[what] / small[what] <= 4.1
+        assert 3 < large[what] / small[what] <= 4.1

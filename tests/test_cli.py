@@ -196,7 +196,10 @@ def test_ctrl_c_leaves_a_state_that_the_same_command_goes_on_from(folder, restor
     target = tmp_path / "stopped.mkv"
     command = [sys.executable, "-m", "vsuav", "restore", folder / "vfr.mkv", target, "--model", folder / "model"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*map(str, command), *LOSSLESS], stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [*map(str, command), *LOSSLESS], stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores Ctrl-C
+    )  # fmt: skip
     for line in process.stderr:
         if line.split("/")[0].isdigit() and 6 <= int(line.split("/")[0]) < 15:
             break
