@@ -241,7 +241,8 @@ class Networks:
             ) from error
         if not torch.isfinite(result).all():
             name = str(result.dtype).removeprefix("torch.")
-            raise NetworkError(f"{where} came out not finite in {name}; try dtype='float32'")
+            advice = "another model, or a clip without NaN" if name == "float32" else "dtype='float32'"
+            raise NetworkError(f"{where} came out not finite in {name}; try {advice}")
         return result
 
     def flow(self, first: Tensor, second: Tensor) -> Tensor:
