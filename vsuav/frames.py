@@ -94,6 +94,12 @@ def luma(rgb: vs.VideoNode) -> vs.VideoNode:
     return rgb.resize.Point(format=vs.GRAYS, matrix=BT709)
 
 
+def differences(rgb: vs.VideoNode) -> vs.VideoNode:
+    """The luma of an RGBS clip; each frame's `PlaneStatsDiff` is its mean difference to the frame before, 0…1."""
+    gray = luma(rgb)
+    return vs.core.std.PlaneStats(gray, gray[:1] + gray[:-1] if gray.num_frames > 1 else gray)
+
+
 def give_back(rgb: vs.VideoNode, source: vs.VideoNode, look: Look, width: int, height: int) -> vs.VideoNode:
     """A full-range RGBS clip in the format of `look`, in the size asked for, with the frame properties of `source`.
 

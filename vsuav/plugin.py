@@ -14,7 +14,7 @@ import functools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -216,11 +216,8 @@ class Restorer:
 
     def _evidence_node(self) -> vs.VideoNode:
         """A clip as long as the source whose frame n, once made, has put the record of n among the records."""
-        luma = frames.luma(self._rgb)
-        before = luma[:1] + luma[:-1] if self._length > 1 else luma
-        compared = vs.core.std.PlaneStats(luma, before)
         blank = self._blank.std.Loop(self._length)
-        inputs = [blank, compared] + ([self._rgb] if self.engine.disk else [])
+        inputs = [blank, frames.differences(self._rgb)] + ([self._rgb] if self.engine.disk else [])
         evidence = blank.std.ModifyFrame(inputs, functools.partial(_record, self._records))
         evidence.std.SetVideoCache(mode=0)  # a cached frame would bring no record
         return evidence
@@ -284,25 +281,26 @@ class Restorer:
             self._life.warn(f"cache_mib is raised to {-(-need // 2**20)}: with less, frames would be computed twice")
 
 
-def _record(records: Records, n: int, f: list) -> vs.VideoFrame:
-    props = f[1].props
+def evidence(n: int, props: Mapping[str, Any], digest: bytes | None = None) -> Record:
+    """What the frame properties of frame n say about shots and prompts; they are those of `frames.differences`."""
     before, after = (props.get(name) for name in ("_SceneChangePrev", "_SceneChangeNext"))
+    return Record(
+        float(props["PlaneStatsDiff"]) if n else 0.0,
+        None if before is None else bool(before),
+        None if after is None else bool(after),
+        frames.text_prop(props, PROMPT),
+        digest,
+    )
+
+
+def _record(records: Records, n: int, f: list) -> vs.VideoFrame:
     digest = None
     if len(f) > 2:
         digest = blake2b(digest_size=16)
         for plane in range(3):
             digest.update(memoryview(f[2][plane]).tobytes())
         digest = digest.digest()
-    records.put(
-        n,
-        Record(
-            float(props["PlaneStatsDiff"]) if n else 0.0,
-            None if before is None else bool(before),
-            None if after is None else bool(after),
-            frames.text_prop(props, PROMPT),
-            digest,
-        ),
-    )
+    records.put(n, evidence(n, f[1].props, digest))
     return f[0]
 
 
