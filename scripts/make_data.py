@@ -7,7 +7,7 @@ already), takes pictures and video out of it, and writes into the data folder
 
     stills.npy           "n 176 176 3" uint8: photos at half size and film frames, crops with something in them
     clips.npy            "n 8 160 160 3" uint8: film at half size, and photos set in motion (pan, zoom, turn, parallax)
-    basis.npy            "4 48": the code of the autoencoder, see `components`
+    basis.npy            "4 48": the code of the autoencoder, see linear_code.py
     prompts.safetensors  states of the prompts that training uses
     manifest.json        every package with its version, digest, licence and what was taken from it
 
@@ -31,7 +31,7 @@ import av
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
+from linear_code import components
 from PIL import Image
 
 Image.MAX_IMAGE_PIXELS = None
@@ -186,16 +186,6 @@ def moving(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return clip
 
 
-def components(stills: np.ndarray) -> np.ndarray:
-    """The code's basis "4 48": principal components, over 4x4 pixels x RGB, of what pictures lose by averaging 4x4 and
-    bicubic enlarging, each scaled so that its coefficient has unit variance."""
-    x = torch.from_numpy(stills).permute(0, 3, 1, 2).float() / 127.5 - 1
-    lost = x - F.interpolate(F.avg_pool2d(x, 4), scale_factor=4, mode="bicubic", align_corners=False)
-    patches = F.pixel_unshuffle(lost, 4)[:, :, 2:-2, 2:-2].permute(0, 2, 3, 1).reshape(-1, 48)
-    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-    return (vectors[:, -4:].flip(1) / values[-4:].flip(0).sqrt()).T.contiguous().numpy()
-
-
 def build(data: Path, packages: Path, limit: int | None = None) -> None:
     rng = np.random.default_rng(0)
     cv2.setNumThreads(1)
@@ -231,7 +221,9 @@ def build(data: Path, packages: Path, limit: int | None = None) -> None:
         lively = np.array([activity(part if part.ndim == 3 else part[0]) for part in parts])
         order = rng.permutation(np.flatnonzero(lively > np.quantile(lively, 0.35)))[:limit]
         np.save(data / f"{name}.npy", np.stack([parts[i] for i in order]))
-    np.save(data / "basis.npy", components(np.load(data / "stills.npy", mmap_mode="r")[::8]))
+    sample = np.ascontiguousarray(np.load(data / "stills.npy", mmap_mode="r")[::8])
+    basis = components(torch.from_numpy(sample).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    np.save(data / "basis.npy", basis.numpy())
     for name in ("stills.npy", "clips.npy", "basis.npy"):
         digest = hashlib.sha256((data / name).read_bytes()).hexdigest()
         manifest.append({"file": name, "sha256": digest, "shape": list(np.load(data / name, mmap_mode="r").shape)})

@@ -31,10 +31,10 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from degrade import blur, degrade
 from fastnorm import speed_up
+from linear_code import encode
 from perceptual import STLPIPS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -53,8 +53,11 @@ GOOD = ("", "best quality, extremely detailed")
 BAD = "blur, worst quality"
 PROMPTS = (*GOOD, BAD, *LOOKS)
 NETWORKS = ("unet", "vae", "vae_video")
-FIDELITY, DETAIL = 0, (20, 60)
+LEVELS = (0, 20, 60, 120, 200)
 """The noise levels trained. Each level has its own row in the class table; the rows between are interpolated."""
+OFTEN = (0.45, 0.25, 0.1, 0.1, 0.1)
+PIXELS, PERCEPT = (2.5, 1.0, 1.0, 1.0, 1.0), (0.2, 0.8, 0.9, 1.1, 1.4)
+"""How often each is trained, and what an error of pixels and of perception weighs there: a knob needs clear ends."""
 
 
 def seeded(*parts: Any) -> int:
@@ -161,15 +164,6 @@ class Learner(nn.Module):
         }[self.name]
         return {group: names for group, names in groups.items() if group in self.stage["rates"]}
 
-    def latents(self, hr: Tensor) -> Tensor:
-        """The code "b 4 t h w" of frames: the strongest principal components, over 4x4 pixels, of what they lose by
-        averaging and bicubic enlarging, at unit variance. A fixed linear code, so that nothing can collapse."""
-        b, _, t = hr.shape[:3]
-        x = hr.transpose(1, 2).flatten(0, 1).float()
-        lost = x - F.interpolate(F.avg_pool2d(x, 4), scale_factor=4, mode="bicubic", align_corners=False)
-        code = torch.einsum("nkhw,ck->nchw", F.pixel_unshuffle(lost, 4), self.basis)
-        return code.unflatten(0, (b, t)).transpose(1, 2)
-
     def decode(self, z: Tensor, lr: Tensor) -> Tensor:
         """Decoded in chunks of three frames, as when the model is used."""
         vae = self.vae if self.name == "vae_image" else self.vae_video
@@ -177,13 +171,13 @@ class Learner(nn.Module):
         return torch.cat([vae.decode(a, b).float() for a, b in parts], dim=2)
 
     def percept(self, result: Tensor, truth: Tensor) -> Tensor:
-        """stLPIPS (alex) on one random window of every frame; nothing without its weights ("stlpips": false)."""
+        """stLPIPS (alex) "b" on one random window of every frame; nothing without its weights ("stlpips": false)."""
         if not self.perceptual:
-            return result.new_zeros(())
+            return result.new_zeros(len(result))
         side = min(self.stage.get("window", 64), result.shape[-1])
         y, x = (int(torch.randint(length - side + 1, ())) for length in result.shape[-2:])
         cut = lambda v: v[..., y : y + side, x : x + side].transpose(1, 2).flatten(0, 1)  # noqa: E731
-        return self.perceptual[0](cut(result), cut(truth)).mean()
+        return self.perceptual[0](cut(result), cut(truth)).view(len(result), -1).mean(1)
 
     def window(self, z: Tensor, batch: dict) -> tuple[Tensor, dict]:
         """A random part of the latents, and the batch's frames there: decoding is what costs most."""
@@ -195,8 +189,8 @@ class Learner(nn.Module):
     def predict(self, x: Tensor, timestep: Tensor | int, lr: Tensor, prompt: Tensor, level: Tensor) -> Tensor:
         return self.unet(x, timestep, lr, self.states[prompt], level).float()
 
-    def noised(self, lr: Tensor, level: int) -> Tensor:
-        a = self.alphas[level]
+    def noised(self, lr: Tensor, level: Tensor) -> Tensor:
+        a = self.alphas[level].view(-1, 1, 1, 1, 1)
         return a.sqrt() * lr + (1 - a).sqrt() * torch.randn_like(lr)
 
     def visit(self, batch: dict, sampler: Sampler, stop: int, lr: Tensor, level: Tensor, shape: Tensor) -> Tensor:
@@ -212,11 +206,11 @@ class Learner(nn.Module):
         return getattr(self, f"loss_{self.name}")(batch, step / self.stage["steps"])
 
     def loss_vae(self, batch: dict, progress: float) -> dict[str, Tensor]:
-        z = self.latents(batch["hr"])
+        z = encode(batch["hr"], self.basis)
         coded = (self.vae.encode(batch["hr"])[0].float() - z).square().mean()
         result = self.decode(z + torch.randn_like(z) * torch.rand(()) * 0.5, batch["lr"])
         l1 = (result - batch["hr"]).abs().mean()
-        percept = self.percept(result, batch["hr"])
+        percept = self.percept(result, batch["hr"]).mean()
         return {"loss": l1 + 0.1 * percept + 0.05 * coded, "l1": l1, "percept": percept, "coded": coded}
 
     def loss_vae_image(self, batch: dict, progress: float) -> dict[str, Tensor]:
@@ -225,47 +219,47 @@ class Learner(nn.Module):
 
     def loss_unet(self, batch: dict, progress: float) -> dict[str, Tensor]:
         with torch.no_grad():
-            z = self.latents(batch["hr"])
-        level = self.level()
+            z = encode(batch["hr"], self.basis)
+        level = self.level(len(z))
         first = self.schedule.num_train_timesteps - 1
         t = torch.randint(first + 1, (len(z),))
         t = torch.where(torch.rand(len(z)) < self.stage.get("first", 0.0), first, t).to(z.device)
         a = self.alphas[t].view(-1, 1, 1, 1, 1)
         noise = torch.randn_like(z)
         x = a.sqrt() * z + (1 - a).sqrt() * noise
-        v = self.predict(x, t, self.noised(batch["lr"], level), batch["prompt"], self.label(z, level))
+        v = self.predict(x, t, self.noised(batch["lr"], level), batch["prompt"], level)
         loss = (v - (a.sqrt() * noise - (1 - a).sqrt() * z)).square().mean()
         return {"loss": loss}
 
-    def level(self) -> int:
-        """Half the batches for fidelity, half for detail: a knob needs two clear ends."""
-        return FIDELITY if torch.rand(()) < 0.5 else DETAIL[int(torch.randint(len(DETAIL), ()))]
+    def level(self, count: int) -> Tensor:
+        """A noise level for each of `count` clips."""
+        places = torch.multinomial(torch.tensor(OFTEN), count, replacement=True)
+        return torch.tensor(LEVELS)[places].to(self.alphas.device)
 
-    def label(self, z: Tensor, level: int) -> Tensor:
-        return torch.full((len(z),), level, device=z.device)
-
-    def sampled(self, batch: dict, grad: bool) -> tuple[Tensor, Tensor, float, int]:
-        """Clean estimate at a random step of the sampler; also the clean latents, the step's weight, the level."""
+    def sampled(self, batch: dict, grad: bool) -> tuple[Tensor, Tensor, float, Tensor]:
+        """Clean estimate at a random step of the sampler; also the clean latents, the step's place, the levels."""
         with torch.no_grad():
-            z = self.latents(batch["hr"])
-        level = self.level()
+            z = encode(batch["hr"], self.basis)
+        level = self.level(len(z))
         counts, weights = self.stage["sampler"]["steps"], self.stage["sampler"]["weights"]
         count = counts[int(torch.multinomial(torch.tensor(weights, dtype=torch.float), 1))]
         sampler = Sampler(self.schedule, count, "ddim", "trailing")
-        share = torch.tensor([1.6] + [1.0] * (count - 1))
+        share = torch.tensor([1.0] * (count - 1) + [1.6])
         i = int(torch.multinomial(share, 1)) if grad else count - 1
-        lr, label = self.noised(batch["lr"], level), self.label(z, level)
-        x = self.visit(batch, sampler, i, lr, label, z)
+        lr = self.noised(batch["lr"], level)
+        x = self.visit(batch, sampler, i, lr, level, z)
         with torch.set_grad_enabled(grad):
-            estimate = sampler.predict(i, x, self.predict(x, sampler.timesteps[i], lr, batch["prompt"], label))
+            estimate = sampler.predict(i, x, self.predict(x, sampler.timesteps[i], lr, batch["prompt"], level))
         return estimate, z, (i + 1) / count, level
 
-    def picture(self, result: Tensor, batch: dict, level: int, place: float = 1.0) -> dict[str, Tensor]:
+    def picture(self, result: Tensor, batch: dict, level: Tensor, place: float = 1.0) -> dict[str, Tensor]:
         """L1 and stLPIPS weighed by the noise level. Early steps count pixels more."""
-        l1 = (result - batch["hr"]).abs().mean()
+        weights = lambda table: torch.tensor(table, device=level.device)[torch.searchsorted(anchors, level)]  # noqa: E731
+        anchors = torch.tensor(LEVELS, device=level.device)
+        l1 = (result - batch["hr"]).abs().flatten(1).mean(1)
         percept = self.percept(result, batch["hr"])
-        loss = 2.5 * l1 + 0.1 * percept if level == FIDELITY else l1 + self.stage.get("detail", 0.7) * place * percept
-        return {"loss": loss, "l1": l1, "percept": percept, "fidelity": torch.tensor(float(level == FIDELITY))}
+        loss = (weights(PIXELS) * l1 + place * weights(PERCEPT) * percept).mean()
+        return {"loss": loss, "l1": l1.mean(), "percept": percept.mean()}
 
     def loss_fewstep(self, batch: dict, progress: float) -> dict[str, Tensor]:
         estimate, z, place, level = self.sampled(batch, grad=True)
@@ -288,7 +282,7 @@ class Learner(nn.Module):
         part, batch = self.window(estimate, batch)
         return self.clip_losses(self.decode(part, batch["lr"]), batch, level, place)
 
-    def clip_losses(self, result: Tensor, batch: dict, level: int, place: float) -> dict[str, Tensor]:
+    def clip_losses(self, result: Tensor, batch: dict, level: Tensor, place: float) -> dict[str, Tensor]:
         """The picture losses, and what the result changes along the flow where the truth does not."""
         losses = self.picture(result, batch, level, place)
         losses["flicker"] = flicker(result, batch["hr"])
@@ -326,7 +320,7 @@ class Average:
 @torch.no_grad()
 def fill_levels(table: Tensor) -> None:
     """Make the rows of untrained noise levels, in place, from the trained ones around them."""
-    known = (FIDELITY, *DETAIL)
+    known = LEVELS
     rows = table[list(known)].clone()
     for level in range(len(table)):
         right = next((i for i, anchor in enumerate(known) if anchor >= level), len(known) - 1)
@@ -391,7 +385,11 @@ def train(
         give(networks, before)
     states = read_prompts(data / "prompts.safetensors")
     learner = Learner(
-        networks, Schedule.from_config(config["scheduler"]), stage, name, torch.stack([states[p] for p in PROMPTS]),
+        networks,
+        Schedule.from_config(config["scheduler"]),
+        stage,
+        name,
+        torch.stack([states[p] for p in PROMPTS]),
         torch.from_numpy(np.load(data / "basis.npy")),
     )
     groups = learner.trainable()
@@ -501,7 +499,7 @@ def curves(path: Path) -> None:
 
     with path.open() as file:
         rows = list(csv.DictReader(file))
-    names = [n for n in rows[0] if n not in ("step", "seconds", "fidelity")] if rows else []
+    names = [n for n in rows[0] if n not in ("step", "seconds")] if rows else []
     figure, axes = pyplot.subplots(1, max(1, len(names)), figsize=(4 * max(1, len(names)), 3), squeeze=False)
     for axis, column in zip(axes[0], names, strict=False):
         axis.plot([float(r["step"]) for r in rows], [float(r[column]) for r in rows])

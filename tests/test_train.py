@@ -9,12 +9,12 @@ import torch
 import toy
 from export import export
 from fastnorm import speed_up
+from linear_code import components, encode, lost
 from safetensors.torch import save_file
-from train import DETAIL, FIDELITY, PROMPTS, Batches, Learner, build, fill_levels, flicker, look, train
+from train import LEVELS, PROMPTS, Batches, build, fill_levels, flicker, look, train
 
 from vsuav.checkpoint import load
 from vsuav.layers import JointNorm, VolumeConv
-from vsuav.schedule import Schedule
 from vsuav.unet import temporal_parameters
 
 
@@ -133,14 +133,23 @@ def test_batches_are_a_function_of_the_step(data):
     assert one[0]["hr"].shape == (2, 3, 1, 32, 32) and one[0]["lr"].shape == (2, 3, 1, 8, 8)
 
 
-def test_the_code_of_a_constant_picture_is_zero_and_of_a_ramp_is_not():
-    settings = config()
+def test_the_code_of_a_constant_picture_is_zero_and_of_noise_is_not():
     basis = torch.randn(4, 48)
-    schedule = Schedule.from_config(settings["scheduler"])
-    learner = Learner(build(settings), schedule, settings["stages"]["vae"], "vae", torch.zeros(1, 3, 16), basis)
-    assert learner.latents(torch.full((1, 3, 2, 32, 32), 0.3)).abs().max() < 1e-4
-    noise = learner.latents(torch.randn(1, 3, 2, 32, 32))
+    assert encode(torch.full((1, 3, 2, 32, 32), 0.3), basis).abs().max() < 1e-4
+    noise = encode(torch.randn(1, 3, 2, 32, 32), basis)
     assert noise.shape == (1, 4, 2, 8, 8) and noise.abs().mean() > 0.1
+
+
+def test_the_code_keeps_the_strongest_components_at_unit_variance():
+    """Against numpy's singular values of the same patches."""
+    torch.manual_seed(0)
+    stills = torch.nn.functional.interpolate(torch.randn(8, 3, 20, 20), scale_factor=4, mode="bicubic").clamp(-1, 1)
+    basis = components(stills)
+    code = encode(stills[:, :, None], basis)[:, :, 0, 2:-2, 2:-2].permute(0, 2, 3, 1).flatten(0, 2)
+    torch.testing.assert_close(code.T @ code / len(code), torch.eye(4), atol=1e-3, rtol=0)
+    patches = torch.nn.functional.pixel_unshuffle(lost(stills), 4)[:, :, 2:-2, 2:-2].permute(0, 2, 3, 1).reshape(-1, 48)
+    strongest = np.linalg.svd(patches.numpy(), compute_uv=False)[:4] / len(patches) ** 0.5
+    np.testing.assert_allclose(1 / basis.norm(dim=1).numpy(), strongest, rtol=1e-3)
 
 
 def test_flicker_sees_change_over_time_only():
@@ -152,7 +161,7 @@ def test_flicker_sees_change_over_time_only():
 
 def test_untrained_noise_levels_lie_between_the_trained_ones():
     table = torch.full((1000, 2), torch.nan)
-    known = (FIDELITY, *DETAIL)
+    known = LEVELS
     table[list(known)] = torch.tensor([[level, -level] for level in known], dtype=torch.float32)
     fill_levels(table)
     expected = torch.arange(1000.0).clamp(max=max(known))

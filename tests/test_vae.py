@@ -131,6 +131,25 @@ def test_bicubic_skip_is_added(video):
     close(skip.decode(z, low), video.decode(z, low) + torch.stack(large, dim=2))
 
 
+def test_unshuffled_pixels_are_channels_of_the_finest_level():
+    """The same weights without the shuffle, on pixels put into channels by hand."""
+    half = {"block_out_channels": [16, 24], "up_block_types": ["UpDecoderBlock3D_plus", "UpDecoderBlock3D"]}
+    vae = build(VIDEO | half | {"unshuffle": 2, "bicubic_skip": True})
+    plain = build(VIDEO | half | {"in_channels": 12, "out_channels": 12})
+    x, z, low = torch.randn(1, 3, 2, 20, 24), torch.randn(1, 4, 2, 5, 6), torch.randn(1, 3, 2, 5, 6)
+    state = {k: v for k, v in vae.state_dict().items() if "condition_in" not in k}
+    state |= {k: v for k, v in plain.state_dict().items() if "condition_in" in k}
+    plain.load_state_dict(state)
+    blocks = torch.stack([F.pixel_unshuffle(x[:, :, i], 2) for i in range(2)], dim=2)
+    for ours, theirs in zip(vae.encode(x), plain.encode(blocks), strict=True):
+        close(ours, theirs)
+    assert vae.config.factor == 4 and vae.decode(z, low).shape == x.shape
+    large = torch.stack([F.interpolate(low[:, :, i], scale_factor=4, mode="bicubic") for i in range(2)], dim=2)
+    small = plain.decode(z, torch.zeros(1, 12, 2, 5, 6), 0.0)
+    close(vae.decode(z, low, 0.0), torch.stack([F.pixel_shuffle(small[:, :, i], 2) for i in range(2)], 2) + large)
+    assert vae.encode(torch.randn(1, 3, 1, 23, 21))[0].shape == (1, 4, 1, 5, 5)
+
+
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_low_res_where_it_is_needed(kind, request):
     vae, z = request.getfixturevalue(kind), torch.randn(1, 4, 2, 5, 6)

@@ -4,7 +4,7 @@ Parameter names are the keys of the released checkpoints. All group normalisatio
 the frames given together (chunks of three, by the reference).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -37,6 +37,7 @@ class VAEConfig:
 
     A decoder block named `UpDecoderBlock3D_plus` has 3-D layers; where the first block has, so do the middle block and
     the condition's. `bicubic_skip` adds the low-resolution clip, enlarged four times, to the decoder's output.
+    `unshuffle`: the finest level works on blocks of so many pixels a side as channels, which spares the full size.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512)
@@ -51,6 +52,7 @@ class VAEConfig:
     condition_channels: int = 128
     mid_block_add_attention: bool = True
     bicubic_skip: bool = False
+    unshuffle: int = 1
 
     FIXED = {
         "act_fn": ("silu",),
@@ -74,6 +76,11 @@ class VAEConfig:
         for kind in self.up_block_types:
             if kind not in known:
                 raise ValueError(f"VAEConfig: unknown block type {kind!r}; known: {', '.join(known)}")
+
+    @property
+    def factor(self) -> int:
+        """How many times smaller than frames latents are."""
+        return self.unshuffle * 2 ** (len(self.block_out_channels) - 1)
 
     def plus(self) -> list[bool]:
         """Per decoder block, coarsest first: does it have 3-D layers?"""
@@ -149,7 +156,8 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, layers = config.block_out_channels, config.layers_per_block
-        self.conv_in = FrameConv(config.in_channels, widths[0], 3, padding=1)
+        self.unshuffle = config.unshuffle
+        self.conv_in = FrameConv(config.in_channels * self.unshuffle**2, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             Stage(widths[max(i - 1, 0)], out, layers, config, down=i < len(widths) - 1) for i, out in enumerate(widths)
         )
@@ -158,6 +166,9 @@ class Encoder(nn.Module):
         self.conv_out = FrameConv(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.unshuffle > 1:
+            x = x[..., : x.shape[3] // self.unshuffle * self.unshuffle, : x.shape[4] // self.unshuffle * self.unshuffle]
+            x = clip(F.pixel_unshuffle(frames(x), self.unshuffle), x.shape[2])
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -200,7 +211,8 @@ class Decoder(nn.Module):
             for i, out in enumerate(widths)
         )
         self.conv_norm_out = JointNorm(config.norm_num_groups, widths[-1], EPS)
-        self.conv_out = FrameConv(widths[-1], config.out_channels, 3, padding=1)
+        self.shuffle = config.unshuffle
+        self.conv_out = FrameConv(widths[-1], config.out_channels * self.shuffle**2, 3, padding=1)
 
     def forward(self, z: Tensor, low_res: Tensor | None, w: float) -> Tensor:
         x = self.conv_in(z)
@@ -209,7 +221,11 @@ class Decoder(nn.Module):
         x = self.mid_block(x)
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(self.conv_norm_out(x, act=True))
+        return self.arranged(self.conv_out(self.conv_norm_out(x, act=True)))
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """The blocks of pixels that `conv_out` gives as channels, as pixels."""
+        return clip(F.pixel_shuffle(frames(x), self.shuffle), x.shape[2]) if self.shuffle > 1 else x
 
 
 class VAE(nn.Module):
@@ -232,11 +248,18 @@ class VAE(nn.Module):
         mean, logvar = self.quant_conv(self.encoder(self._enter(x))).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
-    def decode(self, z: Tensor, low_res: Tensor | None = None, w: float = 1.0) -> Tensor:
+    def decode(
+        self,
+        z: Tensor,
+        low_res: Tensor | None = None,
+        w: float = 1.0,
+        decoder: Callable[[Tensor, Tensor | None, float], Tensor] | None = None,
+    ) -> Tensor:
         """Frames "b 3 t 4h 4w", about [-1, 1], not clamped.
 
         z "b 4 t h w": latents, already divided by `config.scaling_factor`. low_res "b 3 t h w": the clean input frames
-        in [-1, 1], needed where the decoder was built for them; w: how much they count.
+        in [-1, 1], needed where the decoder was built for them; w: how much they count. decoder: what runs in the
+        place of `self.decoder` and gives the same in another way.
         """
         needs = self.config.condition_img or self.config.bicubic_skip
         if needs and low_res is None:
@@ -247,9 +270,8 @@ class VAE(nn.Module):
                 f"got {tuple(low_res.shape[2:])}"
             )
         condition = self._enter(low_res) if self.config.condition_img else None
-        x = self.decoder(self.post_quant_conv(self._enter(z)), condition, w)
+        x = (decoder or self.decoder)(self.post_quant_conv(self._enter(z)), condition, w)
         if self.config.bicubic_skip:
-            factor = 2 ** (len(self.config.block_out_channels) - 1)
-            skip = F.interpolate(frames(low_res), scale_factor=factor, mode="bicubic", align_corners=False)
-            x = x + clip(skip, z.shape[2]).to(x.dtype)
+            skip = F.interpolate(frames(low_res), scale_factor=self.config.factor, mode="bicubic", align_corners=False)
+            x = x + clip(skip, z.shape[2]).to(x)
         return x
