@@ -5,7 +5,6 @@ flow of (a, b) at (x, y) says where the pixel (x, y) of a is found in b, relativ
 """
 
 import re
-import threading
 from collections.abc import Mapping
 
 import cv2
@@ -18,8 +17,6 @@ SMALLEST = 128  # shortest side both estimators see: below, RAFT's coarsest corr
 
 LIBRARY = f"opencv {cv2.__version__}"
 """What DIS flow comes from: its last bits may differ between versions."""
-
-_one_opencv_thread = threading.Lock()
 
 
 def warp(x: Tensor, flow: Tensor, mode: str = "nearest") -> Tensor:
@@ -95,7 +92,8 @@ def _resize_back(flow: Tensor, size: tuple[int, int]) -> Tensor:
 class DIS:
     """Dense inverse search (Kroeger et al. 2016) by OpenCV, preset medium, on 8-bit luma. No weights.
 
-    Runs on one OpenCV thread, so that a count somebody else has set cannot decide a bit; it is put back afterwards.
+    OpenCV's thread count is left alone: it is one for the whole process, so anybody may change it at any time. It
+    decides no bit here, since OpenCV cuts this search into the same eight stripes whatever the count.
     """
 
     name = "dis"
@@ -106,15 +104,8 @@ class DIS:
         size = tuple(a.shape[-2:])
         larger = (_enlarged(size[0], 1), _enlarged(size[1], 1))
         first, second = (self._luma(_resize(frame.cpu().float()[None], larger)[0]) for frame in (a, b))
-        with _one_opencv_thread:
-            threads = cv2.getNumThreads()
-            cv2.setNumThreads(1)
-            try:
-                forward = self._estimate(first, second)
-                backward = self._estimate(second, first)
-            finally:
-                cv2.setNumThreads(threads)
-        flows = torch.from_numpy(np.stack([forward, backward])).permute(0, 3, 1, 2)
+        estimates = [self._estimate(first, second), self._estimate(second, first)]
+        flows = torch.from_numpy(np.stack(estimates)).permute(0, 3, 1, 2)
         forward, backward = _resize_back(flows, size).contiguous()
         return forward, backward
 
