@@ -120,10 +120,13 @@ def test_defaults_pass_their_own_check():
     assert check(Settings()) == Settings()
 
 
-def test_auto_tile_is_a_table_of_size_and_device():
+def test_auto_tile_is_a_table_of_size_device_and_its_memory():
     assert auto_tile("auto", 640, 480, "cpu") == (0, 0)
     assert auto_tile("auto", 1920, 1080, "cpu") == (1024, 1024)
-    assert auto_tile("auto", 640, 480, "cuda:0") == (512, 480)
+    assert auto_tile("auto", 640, 480, "cuda:0", 48 << 30) == (480, 480)
+    assert auto_tile("auto", 640, 480, "cuda:0", 24 << 30) == (352, 352)
+    assert auto_tile("auto", 640, 480, "cuda:0", 80 << 30) == (0, 0)
+    assert auto_tile("auto", 640, 100, "cuda:0", 4 << 30) == (128, 100)
     assert auto_tile(64, 640, 480, "cpu") == (64, 64)
     assert auto_tile([64, 0], 640, 480, "cpu") == (64, 0)
 

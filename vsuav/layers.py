@@ -144,16 +144,29 @@ class JointNorm(nn.GroupNorm):
         On a CPU, torch sums all pixels of a channel one after the other in float32, which at a million pixels is wrong
         in the fourth digit. So the sums of parts are taken, and joined in float64.
         """
+        return self.apply_moments(m, *self.moments(m))
+
+    def moments(self, m: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of every group over a clip "1 t h w c", float64."""
         _, t, h, w, c = m.shape
+        if m.device.type != "cpu":
+            parts = m.double().unflatten(-1, (self.num_groups, -1))
+            variance, mean = torch.var_mean(parts, dim=(0, 1, 2, 3, 5), correction=0)
+            return mean, variance
         rows = next((n for n in range(t * h, 0, -1) if t * h % n == 0 and n * w <= PART), 1)
-        parts = m.view(-1, rows * w, 1, c).permute(0, 3, 1, 2)
+        parts = m.reshape(-1, rows * w, 1, c).permute(0, 3, 1, 2)
         ones, k = torch.ones(c), len(parts)
         _, mean, rstd = torch.native_group_norm(parts, ones, 0 * ones, k, c, rows * w, self.num_groups, self.eps)
         mean, variance = mean.double(), rstd.double() ** -2 - self.eps
-        mean, variance = mean.mean(0), variance.mean(0) + mean.var(0, correction=0)
-        mean, variance = (v.float().repeat_interleave(c // self.num_groups) for v in (mean, variance))
-        y = m.view(1, t, h * w, c).permute(0, 3, 1, 2)
-        y = F.batch_norm(y, mean, variance, self.weight.float(), self.bias.float(), eps=self.eps)
+        return mean.mean(0), variance.mean(0) + mean.var(0, correction=0)
+
+    def apply_moments(self, m: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """Normalise "1 t h w c" -> "1 t (h w) c" by the groups' mean and variance."""
+        each = m.shape[-1] // self.num_groups
+        mean, variance = (v.float().to(m.device).repeat_interleave(each) for v in (mean, variance))
+        y = F.batch_norm(
+            m.flatten(2, 3).permute(0, 3, 1, 2), mean, variance, self.weight.float(), self.bias.float(), eps=self.eps
+        )
         return y.permute(0, 2, 3, 1)
 
 

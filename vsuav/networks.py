@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vsuav.bands import BandedDecoder
 from vsuav.checkpoint import Models, load, locate
 from vsuav.color import adain, bicubic4, wavelet
 from vsuav.flow import DIS, LIBRARY, RAFT
@@ -25,7 +26,7 @@ from vsuav.noise import frame_noise
 from vsuav.plan import Recipe
 from vsuav.schedule import Sampler, add_noise
 from vsuav.settings import Settings, auto_threads, auto_tile, resolve
-from vsuav.tiling import blend_weights, tiles
+from vsuav.tiling import band_rows, blend_weights, tiles
 from vsuav.turns import worker
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,6 +66,11 @@ def auto_dtype(dtype: str, device: str) -> str:
 def decoder_dtype(dtype: str) -> torch.dtype:
     """What the VAE runs in: float32 where the U-Net runs in float16, whose range the released VAEs leave."""
     return torch.float32 if dtype == "float16" else TORCH_DTYPES[dtype]
+
+
+def device_memory(device: str) -> int:
+    """Bytes of memory a device has in all, used or not; for the CPU 0, which stands for any amount."""
+    return 0 if device == "cpu" else torch.cuda.get_device_properties(device).total_memory
 
 
 def device_kind(device: str) -> str:
@@ -206,17 +212,7 @@ class Networks:
         """
         z = torch.stack(list(latents), 1)[None].float() / self._vae.config.scaling_factor
         clean = torch.stack(list(low_res), 1)[None]
-        height, width = z.shape[-2:]
-        cover = tiles(height, width, self.settings.tile, self.settings.tile_overlap)
-        if len(cover) == 1:
-            picture = self._decode(z, clean, frames)
-        else:
-            picture = torch.zeros(len(frames), 3, 4 * height, 4 * width)
-            for tile, weight in zip(cover, blend_weights(cover, height, width), strict=True):
-                smooth = torch.nn.functional.interpolate(weight[None, None], scale_factor=4, mode="nearest")[0, 0]
-                rows, columns = (slice(4 * side.start, 4 * side.stop) for side in tile.crop)
-                crop = (..., *tile.crop)
-                picture[..., rows, columns] += smooth * self._decode(z[crop], clean[crop], frames)
+        picture = self._decode(z, clean, frames)
         picture = picture.clamp_(-1, 1)
         if self.settings.color_fix != "none":
             style = bicubic4(clean[0].transpose(0, 1).contiguous())
@@ -224,18 +220,34 @@ class Networks:
         return (picture / 2 + 0.5).clamp_(0, 1)
 
     def _decode(self, z: Tensor, low_res: Tensor, frames: Sequence[int]) -> Tensor:
+        height, width = z.shape[-2:]
+        rows = band_rows(height, width, self.settings.tile)
+        banded = (
+            None if rows == height else BandedDecoder(self._vae.decoder, rows, self._home(len(frames), height, width))
+        )
         z, low_res = z.to(self.device, self._decoder_dtype), low_res.to(self.device)
-        decoded = self._run(self._vae.decode, z, low_res, frames=frames)
+        decoded = self._run(functools.partial(self._vae.decode, decoder=banded), z, low_res, frames=frames)
         return decoded[0].transpose(0, 1).float().cpu()
+
+    def _home(self, count: int, height: int, width: int) -> torch.device:
+        """Where a chunk's activations lie while it is decoded in bands: on a device that holds four of the largest."""
+        if self.device.type == "cpu":
+            return self.device
+        config = self._vae.config
+        channels = max(config.block_out_channels[:2])
+        largest = 16 * height * width // config.unshuffle**2 * count * channels * self._decoder_dtype.itemsize
+        return self.device if 8 * largest <= device_memory(self.settings.device) else torch.device("cpu")
 
     def _run(self, network, *inputs, frames: Sequence[int]) -> Tensor:
         """Call `network` and refuse what is not finite."""
         where = f"frames {frames[0]} to {frames[-1]}"
         try:
             result = network(*inputs)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
             height, width = inputs[0].shape[-2:]
-            smaller = max(64, min(height, width) // 2 // 32 * 32)
+            smaller = max(64, min(side for side in (height, width, *self.settings.tile) if side) // 2 // 32 * 32)
             raise NetworkError(
                 f"{self.device} has too little memory for {where} at {width}x{height}; try tile={smaller}"
             ) from error
@@ -276,7 +288,7 @@ def choose(given: Mapping[str, Any], width: int, height: int) -> tuple[Models, S
     dtype = auto_dtype(wanted["dtype"], device)
     fixed = {
         "device": device, "dtype": dtype, "threads": auto_threads(wanted["threads"]),
-        "tile": auto_tile(wanted["tile"], width, height, device),
+        "tile": auto_tile(wanted["tile"], width, height, device, device_memory(device)),
     }  # fmt: skip
     models = shared_models(given.get("model"), device, dtype)
     if wanted["flow"] == "auto":

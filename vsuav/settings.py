@@ -176,13 +176,20 @@ def auto_threads(threads: int | str) -> int:
     return len(os.sched_getaffinity(0)) if threads == "auto" else threads
 
 
-def auto_tile(tile: Any, width: int, height: int, device: str) -> tuple[int, int]:
-    """Tile size in input pixels: as given, or from a fixed table of the device class and the frame size.
+GPU_TILES = ((75, 704), (38, 480), (22, 352), (15, 288), (11, 224), (7, 160), (0, 128))
+"""GiB a GPU has at least -> side of a tile whose activations in the released U-Net, guided, fit beside its weights."""
 
-    On a GPU frames of more than 512x512 input pixels are cut, on a CPU frames of more than 1024x1024.
+
+def auto_tile(tile: Any, width: int, height: int, device: str, memory: int = 0) -> tuple[int, int]:
+    """Tile size in input pixels: as given, or from a fixed table of the device, its memory and the frame size.
+
+    On a GPU frames of more pixels than a tile of `GPU_TILES` are cut, on a CPU frames of more than 1024x1024.
+
+    Args:
+        memory: bytes that the device has in all.
     """
     if tile == "auto":
-        side = 1024 if device == "cpu" else 512
+        side = 1024 if device == "cpu" else next(side for least, side in GPU_TILES if memory >= least << 30)
         return (0, 0) if width * height <= side * side else (min(side, width), min(side, height))
     if isinstance(tile, int) and not isinstance(tile, bool):
         return tile, tile

@@ -100,6 +100,14 @@ def tiles(height: int, width: int, size: tuple[int, int], overlap: int) -> tuple
     return tuple(Tile(top, bottom, left, right) for top, bottom in rows for left, right in columns)
 
 
+def band_rows(height: int, width: int, size: tuple[int, int]) -> int:
+    """Rows of a band over the whole width with about as many pixels as a tile of `size` has; `height` if it fits."""
+    if len(tiles(height, width, size, 0)) == 1:
+        return height
+    side = [limit or length for limit, length in zip(size, (width, height), strict=True)]
+    return max(1, side[0] * side[1] // width)
+
+
 def _ramp(length: int, low: int, high: int) -> Tensor:
     """Weight along an axis that rises smoothly over `low` pixels and falls over `high`; never zero."""
     position = torch.arange(length, dtype=torch.float32) + 0.5
