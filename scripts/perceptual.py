@@ -97,8 +97,12 @@ class STLPIPS(nn.Module):
     def forward(self, image: Tensor, truth: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = self.features(truth)
+        return self.distance(self.features(image), wanted)
+
+    def distance(self, found: list[Tensor], wanted: list[Tensor]) -> Tensor:
+        """The same of two lists of `features`."""
         total = 0
-        for i, (a, b) in enumerate(zip(self.features(image), wanted, strict=True)):
+        for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
             head = getattr(self, f"head{i}")
             total = total + ((a - b).square().mean(dim=(2, 3)) * head).sum(1)
         return total
