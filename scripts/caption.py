@@ -49,8 +49,10 @@ class Captioner:
     def __init__(self, model: str, question: str | None = None, tokens: int = 60, device: str = "cpu"):
         try:
             from transformers import AutoModelForImageTextToText, AutoProcessor
+            from transformers.utils import logging
         except ImportError:
             raise CaptionError('transformers is missing: pip install "vsuav[caption]"') from None
+        logging.disable_progress_bar()
         try:
             self._processor = AutoProcessor.from_pretrained(model)
             network = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
