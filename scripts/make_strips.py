@@ -1,81 +1,131 @@
-"""Makes the picture strips of docs/knobs.md: what each knob does to a crop of the sample clip.
+"""Makes the picture strips of docs/knobs.md and the numbers below them.
 
     .venv/bin/python scripts/make_strips.py [NAME …]       into docs/pictures/, all strips or the named ones
+
+A strip shows what one knob does to a crop of the sample clip; everything else is the bundled model's default.
 """
 
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 import vapoursynth as vs
-from make_picture import CROP, FRAME, HERE, rgb
-from PIL import Image, ImageDraw, ImageFont
+from make_picture import CROP, FRAME, HERE, SAMPLE, pictures, sheet
+from PIL import Image
 
 from vsuav import upscale
+from vsuav.flow import DIS
+from vsuav.metrics import color_drift, high_frequency_energy, temporal_profile, warping_error
 from vsuav.video import open_video
 
-FOLDER = HERE.parent / "docs" / "pictures"
-PROMPTS = ["glass towers at night, sharp windows", "an oil painting", "fog"]
+PAGE = HERE.parent / "docs" / "knobs.md"
+MIDDLE = (16, 12, 64, 48)
+"""What the strips show of the crop: left, top, width, height in input pixels."""
+PROMPTS = ("glass towers at night, sharp windows", "an oil painting, thick brush strokes", "fog, soft, out of focus")
 
 
-def sheet(panels: dict[str, Image.Image]) -> Image.Image:
-    """Panels of one size side by side under their captions."""
-    width, height = next(iter(panels.values())).size
-    result = Image.new("RGB", ((width + 6) * len(panels) - 6, height + 24), "white")
-    draw = ImageDraw.Draw(result)
-    for i, (caption, panel) in enumerate(panels.items()):
-        result.paste(panel, (i * (width + 6), 24))
-        draw.text((i * (width + 6) + 3, 3), caption, fill="black", font=ImageFont.load_default(size=15))
-    return result
+@dataclass(frozen=True)
+class Strip:
+    """Panels under captions, and a table of numbers: one row a panel, its values under `columns`."""
+
+    panels: dict[str, Image.Image]
+    columns: tuple[str, ...]
+    rows: dict[str, tuple[float, ...]]
+
+    def table(self) -> str:
+        lines = [("", *self.columns), ("---",) * (len(self.columns) + 1)]
+        lines += [(name, *(f"{value:.2f}" for value in values)) for name, values in self.rows.items()]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def crop_of(source: vs.VideoNode, **settings) -> Image.Image:
-    """The middle of the README's crop, restored with these settings."""
-    left, top, width, height = CROP
-    area = (left + width // 4, top + height // 4, width // 2, height // 2)
-    return rgb(upscale(source, **settings), tuple(4 * side for side in area))
+def tensor(picture: Image.Image) -> torch.Tensor:
+    """A picture as "3 h w" in [0, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
 
-def profile_of(clip: vs.VideoNode) -> Image.Image:
-    """One column of pixels over time, twice as wide: steady detail gives smooth lines, flicker gives noise."""
-    clip = vs.core.resize.Bicubic(clip, format=vs.RGB24)
-    column = 4 * (CROP[0] + CROP[2] // 2)
-    frames = [
-        np.dstack([np.asarray(frame[plane])[:, column] for plane in range(3)])[0] for frame in clip.frames(close=True)
-    ]
-    picture = Image.fromarray(np.stack(frames, 1))
-    return picture.resize((4 * picture.width, picture.height), Image.Resampling.NEAREST)
+def frames_of(clip: vs.VideoNode) -> torch.Tensor:
+    """All frames of a clip as "t 3 h w" in [0, 1]."""
+    every = pictures(clip, range(clip.num_frames), (0, 0, clip.width, clip.height))
+    return torch.stack([tensor(picture) for picture in every])
 
 
-def propagation(source: vs.VideoNode) -> dict[str, Image.Image]:
-    """The column over time: bicubic, without and with propagation."""
-    off, on = upscale(source, propagation_steps=[]), upscale(source, propagation_steps=[1])
-    enlarged = vs.core.resize.Bicubic(source, off.width, off.height)
-    return {
-        "bicubic": profile_of(enlarged), "no propagation": profile_of(off), "propagation_steps=[1]": profile_of(on)
-    }  # fmt: skip
+def variants(settings: dict[str, dict]) -> Callable[[vs.VideoNode], Strip]:
+    """A strip of one frame: bicubic, then the restored frame with each of the named settings."""
+
+    def make(source: vs.VideoNode) -> Strip:
+        low = tensor(pictures(source, [FRAME], MIDDLE)[0])
+        enlarged = source.resize.Bicubic(4 * source.width, 4 * source.height)
+        clips = {"bicubic": enlarged} | {name: upscale(source, **given) for name, given in settings.items()}
+        area = tuple(4 * side for side in MIDDLE)
+        panels = {name: pictures(clip, [FRAME], area)[0] for name, clip in clips.items()}
+        plain = tensor(panels["bicubic"])
+        rows = {}
+        for name, panel in panels.items():
+            shown = tensor(panel)
+            rows[name] = (
+                255 * (shown - plain).abs().mean().item(),
+                high_frequency_energy(shown) / high_frequency_energy(plain),
+                color_drift(shown, low),
+            )
+        return Strip(panels, ("difference from bicubic", "fine detail, bicubic = 1", "colour drift"), rows)
+
+    return make
 
 
-STRIPS: dict[str, Callable[[vs.VideoNode], dict[str, Image.Image]]] = {
-    "noise-level": lambda c: {f"noise_level={n}": crop_of(c, noise_level=n) for n in (0, 30, 60, 120, 200)},
-    "steps": lambda c: {
-        f"steps={n}": crop_of(c, steps=n, solver="ddim", propagation_steps=[]) for n in (1, 2, 3, 6, 12)
-    },
-    "guidance": lambda c: {
-        f"guidance_scale={g}": crop_of(c, guidance_scale=g, prompt=PROMPTS[0]) for g in (1.0, 2.0, 4.0, 8.0)
-    },
-    "prompts": lambda c: {text: crop_of(c, prompt=text, guidance_scale=4.0) for text in ("", *PROMPTS)},
-    "color-fix": lambda c: {name: crop_of(c, color_fix=name) for name in ("none", "adain", "wavelet")},
+def propagation(source: vs.VideoNode) -> Strip:
+    """One column of pixels over time: bicubic, without and with propagation."""
+    settings = {"no propagation": []} | {f"propagation_steps={steps}": steps for steps in ([0], [1])}
+    enlarged = source.resize.Bicubic(4 * source.width, 4 * source.height)
+    clips = {"bicubic": enlarged}
+    clips |= {name: upscale(source, steps=2, propagation_steps=steps) for name, steps in settings.items()}
+    shown = {name: frames_of(clip) for name, clip in clips.items()}
+    panels, rows = {}, {}
+    for name, moving in shown.items():
+        profile = (255 * temporal_profile(moving, moving.shape[-1] // 2)).round().byte().permute(1, 2, 0).numpy()
+        picture = Image.fromarray(profile)
+        panels[name] = picture.resize((5 * picture.width, picture.height), Image.Resampling.NEAREST)
+        flicker = warping_error(moving, DIS(), shown["bicubic"])
+        rows[name] = (flicker, high_frequency_energy(moving) / high_frequency_energy(shown["bicubic"]))
+    return Strip(panels, ("flicker (warping error)", "fine detail, bicubic = 1"), rows)
+
+
+STRIPS: dict[str, Callable[[vs.VideoNode], Strip]] = {
+    "noise-level": variants({f"noise_level={n}": {"noise_level": n} for n in (0, 30, 60, 120, 200)}),
+    "steps": variants({f"steps={n}": {"steps": n, "propagation_steps": []} for n in (1, 2, 4, 8, 16)}),
+    "guidance": variants(
+        {f"guidance_scale={g}": {"guidance_scale": g, "prompt": PROMPTS[0]} for g in (1.0, 2.0, 4.0, 8.0, 12.0)}
+    ),
+    "prompts": variants({f'"{text}"': {"prompt": text, "guidance_scale": 4.0} for text in ("", *PROMPTS)}),
+    "color-fix": variants({f'color_fix="{name}"': {"color_fix": name} for name in ("none", "adain", "wavelet")}),
     "propagation": propagation,
 }
+COLUMNS = {"color-fix": 2, "prompts": 2, "propagation": 4}
+"""Panels in a row, 3 unless said otherwise."""
 
 
-def main(names: list[str]) -> None:
-    FOLDER.mkdir(exist_ok=True)
-    source = open_video(HERE / "sample" / "city.mp4").clip
+def filled(page: str, name: str, table: str) -> str:
+    """The page with the table of the strip `name` between its marks. Raises ValueError if it has no such marks."""
+    marks = rf"(<!-- numbers: {name} -->\n).*?(<!-- end -->)"
+    page, count = re.subn(marks, lambda found: f"{found[1]}\n{table}\n\n{found[2]}", page, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"{PAGE.name} must mark one place for the numbers of {name}, found {count}")
+    return page
+
+
+def main(names: list[str], page: Path = PAGE) -> None:
+    folder = page.parent / "pictures"
+    folder.mkdir(exist_ok=True)
+    left, top, width, height = CROP
+    source = open_video(SAMPLE).clip.std.CropAbs(width, height, left, top)
     for name in names or STRIPS:
         print(f"{name} (frame {FRAME})", file=sys.stderr, flush=True)
-        sheet(STRIPS[name](source)).save(FOLDER / f"{name}.png", optimize=True)
+        strip = STRIPS[name](source)
+        sheet(strip.panels, COLUMNS.get(name, 3), band=22).save(folder / f"{name}.png", optimize=True)
+        page.write_text(filled(page.read_text(), name, strip.table()))
 
 
 if __name__ == "__main__":

@@ -340,5 +340,3 @@ def seconds(text: str) -> float:
     for part in text.split(":"):
         total = 60 * total + float(part)
     return total
-
-
