@@ -19,30 +19,44 @@ PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>
 body {{ background: #222; color: #ddd; font: 15px sans-serif; margin: 1em }}
-.pair {{ position: relative; display: inline-block; line-height: 0; overflow: hidden; max-width: 100% }}
-.pair img {{ max-width: 100% }}
+.pair {{ position: relative; display: inline-block; line-height: 0; overflow: hidden }}
+.fit .pair, .fit .pair img {{ max-width: 100% }}
 .pair .over {{ position: absolute; inset: 0; clip-path: inset(0 calc(100% - var(--at, 50%)) 0 0) }}
-.pair .line {{ position: absolute; top: 0; bottom: 0; left: var(--at, 50%); width: 2px; background: #fff }}
-.pair input {{ position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0; cursor: ew-resize }}
-.pixels .over.bicubic, .over.pixel {{ visibility: hidden }}
-.pixels .over.pixel {{ visibility: visible }}
+.pair .line {{ position: absolute; top: 0; bottom: 0; left: var(--at, 50%); width: 2px; margin-left: -1px }}
+.pair .line::after {{ content: "\\2194"; position: absolute; top: 50%; left: 1px; width: 28px; margin: -14px;
+  border-radius: 50%; color: #222; font: 20px/28px sans-serif; text-align: center }}
+.pair .line, .pair .line::after {{ background: #fff }}
+.pair input {{ position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0; cursor: ew-resize;
+  appearance: none }}
+.pair input::-webkit-slider-thumb {{ appearance: none; width: 1px }}
+.pair input::-moz-range-thumb {{ width: 1px; border: 0 }}
+.pair:focus-within .line, .pair:focus-within .line::after {{ background: #fc3 }}
+.name {{ position: absolute; top: 0; padding: 4px 7px; background: #000a; line-height: normal }}
+.name.right {{ right: 0 }}
+.pixels .over.bicubic, .over.pixel, .pixels .name.bicubic, .name.pixel {{ visibility: hidden }}
+.pixels .over.pixel, .pixels .name.pixel {{ visibility: visible }}
 </style>
-<h1>{title}</h1>
-<p>Left of the line: <label><input type="radio" name="left" checked onchange="left(false)"> the input by bicubic</label>
-<label><input type="radio" name="left" onchange="left(true)"> the input's pixels</label>. Right of it: restored.
-Move the line with the mouse or the arrow keys.</p>
+<body class="fit"><h1>{title}</h1>
+<p>Left of the line: <label><input type="radio" name="left" checked onchange="set('pixels', false)"> the input by
+bicubic</label> <label><input type="radio" name="left" onchange="set('pixels', true)"> the input's pixels</label>.
+Right of it: restored. <label><input type="checkbox" id="fit" checked onchange="set('fit', this.checked)"> as wide as
+the window at most</label> (off: a pixel is a pixel). Move the line with the mouse or, after a click, the arrow keys.
+</p>
 {sections}
 <script>
-function left(pixels) {{ document.body.classList.toggle("pixels", pixels) }}
+function set(name, on) {{ document.body.classList.toggle(name, on) }}
 for (const slider of document.querySelectorAll(".pair input"))
   slider.addEventListener("input", () => slider.parentNode.style.setProperty("--at", slider.value + "%"))
-</script></html>
+</script></body></html>
 """
 SECTION = """<h2>frame {n}, {time:.2f} s</h2>
 <div class="pair"><img src="{restored}" alt="frame {n}, restored">
 <img class="over bicubic" src="{bicubic}" alt="frame {n}, input by bicubic">
-<img class="over pixel" src="{input}" alt="frame {n}, input"><div class="line"></div>
-<input type="range" min="0" max="100" step="0.1" value="50" aria-label="where the line is in frame {n}"></div>
+<img class="over pixel" src="{input}" alt="frame {n}, input">
+<span class="name bicubic">input, bicubic</span><span class="name pixel">input</span>
+<span class="name right">restored</span><div class="line"></div>
+<input type="range" min="0" max="100" step="0.1" value="50" autocomplete="off"
+ aria-label="where the line is in frame {n}"></div>
 """
 
 
