@@ -31,8 +31,8 @@ body {{ background: #222; color: #ddd; font: 15px sans-serif; margin: 1em }}
 .pair input::-webkit-slider-thumb {{ appearance: none; width: 1px }}
 .pair input::-moz-range-thumb {{ width: 1px; border: 0 }}
 .pair:focus-within .line, .pair:focus-within .line::after {{ background: #fc3 }}
-.name {{ position: absolute; top: 0; padding: 4px 7px; background: #000a; line-height: normal }}
-.name.right {{ right: 0 }}
+.name {{ position: absolute; top: 0; left: 0; padding: 4px 7px; background: #000a; line-height: normal }}
+.name.right {{ left: auto; right: 0 }}
 .pixels .over.bicubic, .over.pixel, .pixels .name.bicubic, .name.pixel {{ visibility: hidden }}
 .pixels .over.pixel, .pixels .name.pixel {{ visibility: visible }}
 </style>
