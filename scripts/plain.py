@@ -194,6 +194,8 @@ class PlainDecoder:
                 h, width = x.shape[3:]
                 x = conv(enlarge(x, (2 * h, 2 * width)), w.up_blocks[i].upsamplers[0].conv)
         x = conv(F.silu(norm(x, w.conv_norm_out, self.config.norm_num_groups, 1e-6)), w.conv_out)
+        if (side := self.config.unshuffle) > 1:
+            x = torch.stack([F.pixel_shuffle(frame, side) for frame in x.unbind(2)], dim=2)
         return x + enlarge(low_res, tuple(x.shape[3:]), "bicubic") if self.config.bicubic_skip else x
 
     def block(self, x: Tensor, p: Node, groups_in: int = 0) -> Tensor:

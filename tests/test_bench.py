@@ -23,6 +23,10 @@ LEVELS = {
     "only_cross_attention": [True, True, False], "layers_per_block": 2,
 }  # fmt: skip
 ATTENDING = {**toy.VAE_VIDEO, "mid_block_add_attention": True, "bicubic_skip": False}
+UNSHUFFLED = {
+    **toy.VAE_VIDEO, "block_out_channels": [8, 16], "unshuffle": 2, "down_block_types": ["DownEncoderBlock3D"] * 2,
+    "up_block_types": ["UpDecoderBlock3D_plus", "UpDecoderBlock3D"],
+}  # fmt: skip
 
 
 def alive[M: torch.nn.Module](network: M) -> M:
@@ -47,7 +51,9 @@ def test_the_plain_unet_is_ours(config):
     close(unet(sample, timestep, low_res, text, level), plain(sample, timestep, low_res, text, level))
 
 
-@pytest.mark.parametrize("config", [toy.VAE_IMAGE, toy.VAE_VIDEO, ATTENDING], ids=["image", "video", "attention"])
+@pytest.mark.parametrize(
+    "config", [toy.VAE_IMAGE, toy.VAE_VIDEO, ATTENDING, UNSHUFFLED], ids=["image", "video", "attention", "unshuffled"]
+)
 @torch.inference_mode()
 def test_the_plain_decoder_is_ours(config):
     vae = alive(VAE(VAEConfig.from_dict(config)))

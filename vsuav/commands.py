@@ -110,7 +110,7 @@ def restore(order: Order, reports: Reports) -> None:
 
 def _log_to(reports: Reports) -> Callable[[vs.MessageType, str], None]:
     def handle(kind: vs.MessageType, line: str) -> None:
-        if match := TASK.fullmatch(line.split(" s")[0].rsplit(",", 1)[0]):
+        if match := TASK.match(line):
             reports.task(*map(int, match.groups()))
         elif kind >= vs.MESSAGE_TYPE_WARNING:
             reports.say(line)

@@ -12,7 +12,6 @@ No callback ever waits for a frame: everything a callback reads is an input of i
 
 import functools
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
@@ -27,6 +26,7 @@ from vsuav.disk import Disk
 from vsuav.engine import Engine, Missing
 from vsuav.networks import NetworkError, Networks, choose
 from vsuav.plan import evidence_span
+from vsuav.progress import Progress
 from vsuav.shots import Record, Records, Shots
 from vsuav.store import Store
 from vsuav.tiling import BLOCK
@@ -176,6 +176,7 @@ class Restorer:
         self._length = clip.num_frames
         self._networks = networks
         self._life = Life()
+        self._progress = Progress(self._life.inform)
         disk = None if cache_dir is None else Disk(cache_dir, disk_budget, self._life.warn)
         self.engine = Engine(networks, Store(budget), disk)
         self._records = Records()
@@ -259,7 +260,8 @@ class Restorer:
     def _run(self, block: int, shots: Shots, gathered: dict[int, Tensor], n: int, f: list) -> vs.VideoFrame:
         result = f[0].copy()
         try:
-            pictures = self.engine.run(block, shots, gathered, self._life.watch(), self._life.progress(block))
+            progress = self._progress.block(block, min(BLOCK, self._length - block * BLOCK))
+            pictures = self.engine.run(block, shots, gathered, self._life.watch(), progress)
         except Missing:
             result.props["uav_missing"] = 1
             return result
@@ -332,7 +334,6 @@ class Life:
     def __init__(self):
         self._environment = vs.get_current_environment()
         self._stopped = threading.Event()
-        self._said = 0.0
         vs.register_on_destroy(functools.partial(_stop, weakref.ref(self)))
 
     def watch(self) -> Callable[[], bool]:
@@ -353,20 +354,9 @@ class Life:
         """Write a line to VapourSynth's log."""
         self._log(vs.MESSAGE_TYPE_WARNING, line)
 
-    def progress(self, block: int) -> Callable[[int, int, float], None]:
-        """A progress callback for one block that logs at most once a second."""
-
-        def report(done: int, total: int, seconds: float) -> None:
-            now = time.monotonic()
-            if now - self._said >= 1:
-                self._said = now
-                first = block * BLOCK
-                self._log(
-                    vs.MESSAGE_TYPE_DEBUG,
-                    f"frames {first} to {first + BLOCK - 1}: task {done} of {total}, {seconds:.1f} s",
-                )
-
-        return report
+    def inform(self, line: str) -> None:
+        """Write a line to VapourSynth's log, as information."""
+        self._log(vs.MESSAGE_TYPE_INFORMATION, line)
 
     def stop(self) -> None:
         self._stopped.set()
