@@ -371,6 +371,45 @@ def test_info_counts_the_calls_a_linear_pass_makes(folder, run):
     assert "32x24 -> 128x96" in rows["clip"] and rows["time"].startswith("about") and "steps=3" in rows["settings"]
 
 
+@pytest.mark.parametrize(("linear", "square"), [(3e-6, 0.0), (2e-6, 5e-12), (0.0, 4e-12)])
+def test_times_are_extended_from_two_sizes(linear, square):
+    from vsuav.info import extended
+
+    def take(pixels):
+        return linear * pixels + square * pixels**2
+
+    assert extended({102400: take(102400), 25600: take(25600)}, 2073600) == pytest.approx(take(2073600))
+
+
+def test_noise_in_a_measurement_makes_no_negative_times():
+    from vsuav.info import extended
+
+    assert extended({25600: 1.0, 102400: 3.0}, 1024000) == pytest.approx(30)  # the larger is cheaper: no square part
+    assert extended({25600: 0.0, 102400: 3.0}, 1024000) == pytest.approx(300)  # nothing but a square part
+
+
+@pytest.mark.parametrize(("size", "tile"), [((1920, 1080), 512), ((852, 480), 0), ((320, 240), 0)])
+def test_the_price_is_what_the_pieces_take(folder, monkeypatch, size, tile):
+    """With a clock that follows the pixels, large frames are priced as if they had been timed whole."""
+    from vsuav import info, tiling
+
+    def take(pixels):
+        return 1e-6 * pixels + 3e-12 * pixels**2
+
+    monkeypatch.setattr(info, "_window", lambda networks, step, size: size[0] * size[1])
+    monkeypatch.setattr(info, "_decode", lambda networks, size: 2 * size[0] * size[1])
+    monkeypatch.setattr(info, "_shortest", lambda work: take(work) if isinstance(work, int) else 0.25)
+    clip = vs.core.std.BlankClip(width=size[0], height=size[1], format=vs.YUV420P8, length=20)
+    opened = video.Video(folder / "vfr.mkv", clip, range(20), Fraction(1, 25), Fraction(0))
+    price = info.price(opened, range(20), {"model": str(folder / "model"), "tile": tile})
+    cover = tiling.tiles(size[1], size[0], (tile, tile), 16)
+    piece = take(tile**2 if tile else size[0] * size[1])
+    decoded = 2e-6 * size[0] * size[1] + 12e-12 * (size[0] * size[1]) ** 2
+    assert price.calls == 3 * 3 and price.tiles == len(cover)  # frames 0-7, 6-13, 12-19; three steps
+    assert price.seconds == pytest.approx(3 * 3 * len(cover) * piece + 7 * decoded + 19 * 0.25)
+    assert price.memory > price.kept + 18 * 16 * size[0] * size[1] * 12
+
+
 @pytest.mark.parametrize("angle", [90, -90, 180])
 def test_pictures_are_turned_as_players_turn_them(tmp_path, angle):
     plain, turned, raw = tmp_path / "plain.mp4", tmp_path / "turned.mp4", tmp_path / "raw.y4m"

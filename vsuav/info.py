@@ -6,25 +6,32 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import imageio_ffmpeg
 import torch
 import vapoursynth as vs
+from torch import Tensor
 
 from vsuav.commands import found_models
 from vsuav.engine import Engine
 from vsuav.networks import Networks, auto_dtype, choose
+from vsuav.plugin import KEPT_BLOCKS
 from vsuav.settings import Settings, auto_threads
 from vsuav.store import Store
-from vsuav.tiling import CHUNK, STRIDE, WINDOW, tiles, window
+from vsuav.tiling import BLOCK, CHUNK, STRIDE, WINDOW, tiles, window
 from vsuav.video import Video
 
 PACKAGES = (
     "torch", "torchvision", "diffusers", "transformers", "vapoursynth-bestsource", "av", "opencv-python-headless",
 )  # fmt: skip
+Size = tuple[int, int]
+"""Height and width in input pixels."""
+SMALL, LARGEST = (160, 160), (320, 320)
+"""Sizes that are timed on a CPU where frames are larger than the second."""
 
 
 def machine() -> list[tuple[str, str]]:
@@ -54,7 +61,7 @@ def machine() -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Price:
-    """What restoring frames costs. `seconds` leave out the encoder; `memory` is this process's peak (or the GPU's)."""
+    """What restoring frames costs. `seconds` leave out the encoder; `memory` is the process's peak, or the GPU's."""
 
     frames: int
     size: tuple[int, int]
@@ -83,7 +90,7 @@ class Price:
 
 
 def price(video: Video, span: range, given: Mapping[str, Any]) -> Price:
-    """Time the networks on noise of the clip's size and count what a linear pass over `span` calls them for.
+    """Time the networks on noise and count what a linear pass over `span` calls them for.
 
     Args:
         given: arguments of `upscale`.
@@ -92,49 +99,86 @@ def price(video: Video, span: range, given: Mapping[str, Any]) -> Price:
     models, settings = choose(given, width, height)
     cover = tiles(height, width, settings.tile, settings.tile_overlap)
     rows, columns = cover[0].crop
-    h, w = rows.stop - rows.start, columns.stop - columns.start
+    tile = rows.stop - rows.start, columns.stop - columns.start
     networks = Networks(models, replace(settings, tile=(0, 0)))
-    seconds = networks.worker.run(lambda: _timed(networks, h, w, (height, width)))
+    began = _peak(settings.device)
+    piece, whole, between = networks.worker.run(lambda: _measured(networks, tile, (height, width)))
     count = len(span)
     windows = len({window(i, 0, count) for i in range((count - 1) // STRIDE + 1)})
     guided = sum(settings.guided(timestep) for timestep in networks.sampler.timesteps)
-    total = windows * len(cover) * (guided * seconds["guided"] + (settings.steps - guided) * seconds["plain"])
-    total += -(-count // CHUNK) * len(cover) * seconds["decode"]
-    if settings.propagation_steps:
-        total += (count - 1) * seconds["flow"]
-    if settings.device == "cpu":
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    else:
-        memory = torch.cuda.max_memory_allocated(settings.device)
+    total = windows * len(cover) * (guided * piece["guided"] + (settings.steps - guided) * piece["plain"])
+    total += -(-count // CHUNK) * whole + (count - 1) * between
     kept = Engine(networks, Store(0)).working_set(height, width)
-    return Price(count, (width, height), settings, windows * settings.steps, len(cover), total, memory + kept, kept)
+    memory = _peak(settings.device)
+    if settings.device == "cpu":
+        measured = min(tile[0] * tile[1], LARGEST[0] * LARGEST[1])
+        results = KEPT_BLOCKS * BLOCK * 16 * height * width * 3 * 4
+        memory = round(began + (memory - began) * tile[0] * tile[1] / measured + kept + results)
+    return Price(count, (width, height), settings, windows * settings.steps, len(cover), total, memory, kept)
 
 
-def _timed(networks: Networks, h: int, w: int, size: tuple[int, int]) -> dict[str, float]:
-    """Seconds of a window with and without guidance, of a decoded chunk and of a flow pair, each after a warm-up."""
-    settings, noise = networks.settings, torch.Generator().manual_seed(0)
-    latents = [torch.randn(4, h, w, generator=noise).to(networks.latent_dtype) for _ in range(WINDOW)]
-    frames = [torch.rand(3, h, w, generator=noise) * 2 - 1 for _ in range(WINDOW)]
-    pair = [torch.rand(3, *size, generator=noise) * 2 - 1 for _ in range(2)]
-    prompt = settings.prompt_at(0)
-    steps: dict[str, int] = {}
-    for step, timestep in enumerate(networks.sampler.timesteps):
-        steps.setdefault("guided" if settings.guided(timestep) else "plain", step)
-    work = {
-        name: lambda step=step: networks.window(step, range(WINDOW), latents, frames, prompt)
-        for name, step in steps.items()
-    }
-    work["decode"] = lambda: networks.decode(range(CHUNK), latents[:CHUNK], frames[:CHUNK])
-    if settings.propagation_steps:
-        work["flow"] = lambda: networks.flow(*pair)
-    seconds = {"guided": 0.0, "plain": 0.0}
+def _peak(device: str) -> int:
+    """Most bytes used so far."""
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated(device)
+
+
+def _measured(networks: Networks, tile: Size, size: Size) -> tuple[dict[str, float], float, float]:
+    """Seconds of a window of a tile with and without guidance, of a decoded chunk, and of the flow of a pair."""
+    settings = networks.settings
+    pieces = {"guided": 0.0, "plain": 0.0}
     with networks.arithmetic():
-        for name, call in work.items():
-            call()
-            begin = time.perf_counter()
-            call()
-            seconds[name] = time.perf_counter() - begin
-    return seconds
+        for step, timestep in enumerate(networks.sampler.timesteps):
+            name = "guided" if settings.guided(timestep) else "plain"
+            pieces[name] = pieces[name] or _seconds(partial(_window, networks, step), tile, settings.device)
+        decoding = _seconds(partial(_decode, networks), size, settings.device)
+        flow = _shortest(partial(networks.flow, *_noise(2, 3, size))) if settings.propagation_steps else 0.0
+    return pieces, decoding, flow
+
+
+def _window(networks: Networks, step: int, size: Size) -> Callable[[], object]:
+    latents = list(_noise(WINDOW, 4, size).to(networks.latent_dtype))
+    prompt = networks.settings.prompt_at(0)
+    return partial(networks.window, step, range(WINDOW), latents, list(_noise(WINDOW, 3, size)), prompt)
+
+
+def _decode(networks: Networks, size: Size) -> Callable[[], object]:
+    latents = list(_noise(CHUNK, 4, size).to(networks.latent_dtype))
+    return partial(networks.decode, range(CHUNK), latents, list(_noise(CHUNK, 3, size)))
+
+
+def _noise(count: int, channels: int, size: Size) -> Tensor:
+    return torch.rand(count, channels, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def _seconds(work: Callable[[Size], Callable[[], object]], size: Size, device: str) -> float:
+    """Seconds of the work on frames of `size`; on a CPU that of large ones is extended from two smaller sizes.
+
+    What convolutions take grows with the number of pixels, what attention takes with its square.
+    """
+    pixels = size[0] * size[1]
+    if device != "cpu" or pixels <= LARGEST[0] * LARGEST[1]:
+        return _shortest(work(size))
+    return extended({h * w: _shortest(work((h, w))) for h, w in (SMALL, LARGEST)}, pixels)
+
+
+def extended(seconds: Mapping[int, float], pixels: int) -> float:
+    """Seconds for `pixels` from those of two smaller numbers: a linear and a quadratic part, neither negative."""
+    (small, quick), (large, slow) = sorted(seconds.items())
+    square = min(max((slow / large - quick / small) / (large - small), 0.0), slow / large**2)
+    return (slow / large - square * large) * pixels + square * pixels**2
+
+
+def _shortest(call: Callable[[], object]) -> float:
+    """Seconds of the call: the shorter of two, after one to warm up."""
+    call()
+    seconds = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
 
 
 def _gib(count: int) -> str:
