@@ -57,7 +57,8 @@ def folder(tmp_path_factory):
     jump = f"setpts='if(gte(N,10),PTS+0.1/TB,PTS)',{TAGS}"
     ffmpeg(*picture, "-i", folder / "sub.srt", "-i", folder / "meta.txt", "-map", 0, "-map", 1, "-map", 2,
            "-map_metadata", 3, "-map_chapters", 3, "-vf", jump, "-fps_mode", "vfr", *coded, "-c:s", "srt",
-           "-metadata:s:a:0", "language=deu", folder / "vfr.mkv")  # fmt: skip
+           "-metadata:s:a:0", "language=deu", "-disposition:v:0", "original", "-disposition:a:0", "0",
+           "-disposition:s:0", "default+forced", folder / "vfr.mkv")  # fmt: skip
     ntsc = ["-f", "lavfi", "-i", "testsrc2=s=32x24:r=24000/1001:d=0.8", *picture[4:]]
     ffmpeg(*ntsc, "-i", folder / "sub.srt", *coded, "-c:s", "mov_text", folder / "cfr.mp4")
     ffmpeg(*ntsc, *coded, "-output_ts_offset", "1.4", folder / "late.ts")
@@ -99,6 +100,7 @@ def look(path: Path) -> dict:
             "codecs": [streams[i].codec_context.name for i in streams],
             "times": {kind: [sorted(times[i]) for i in rows] for kind, rows in by_kind.items()},
             "payload": {kind: [payload[i] for i in rows] for kind, rows in by_kind.items()},
+            "marks": [str(streams[i].disposition) for i in streams],
             "languages": [streams[i].metadata.get("language") for i in streams],
             "title": container.metadata.get("title"),
             "chapters": [
@@ -132,6 +134,7 @@ def test_everything_but_the_picture_is_carried_over(folder, restored):
     before, after = look(folder / "vfr.mkv"), look(restored)
     assert after["size"] == (128, 96) and after["format"] == "yuv420p10le"
     assert after["kinds"] == ["video", "audio", "subtitle"] and after["languages"][1] == "deu"
+    assert before["marks"] == after["marks"] and len(set(after["marks"])) == 3
     assert close(after["times"]["video"][0], before["times"]["video"][0])  # with the jump
     assert after["payload"]["audio"] == before["payload"]["audio"]
     assert close(after["times"]["audio"][0], before["times"]["audio"][0])
@@ -151,6 +154,36 @@ def test_the_picture_is_what_upscale_gives(folder, restored):
             if n in (0, 7, 18):
                 assert np.array_equal(frame.to_ndarray()[:96], np.asarray(result.get_frame(n)[0]))
     assert n == clip.num_frames - 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("choice", [[], ["-vf", "select='mod(n,7)-3'", "-fps_mode", "vfr"]], ids=["cfr", "vfr"])
+def test_ten_seconds_with_everything_in_them(choice, run, tmp_path):
+    """A real clip through the bundled model: same duration, streams, tags, chapters and timestamps."""
+    source, target = tmp_path / "in.mkv", tmp_path / "out.mkv"
+    (tmp_path / "sub.srt").write_text(SUBTITLES.replace("00:00:00,700", "00:00:09,700"))
+    (tmp_path / "meta.txt").write_text(METADATA.replace("END=1000", "END=10000"))
+    sample = Path(__file__).parents[1] / "scripts" / "sample" / "city.mp4"
+    ffmpeg("-stream_loop", 6, "-i", sample, "-f", "lavfi", "-i", "sine=440:d=10", "-f", "lavfi", "-i", "sine=660:d=10",
+           "-i", tmp_path / "sub.srt", "-i", tmp_path / "meta.txt", "-map", "0:v", "-map", "1:a", "-map", "2:a",
+           "-map", 3, "-map_metadata", 4, "-map_chapters", 4, "-t", 10, "-vf", f"crop=64:40:80:16,{TAGS}",
+           "-c:v", "libx264", "-crf", 12, "-c:a:0", "aac", "-c:a:1", "libopus", "-c:s", "srt",
+           "-metadata:s:a:0", "language=eng", "-metadata:s:a:1", "language=deu", "-metadata:s:a:1", "title=Zweiter",
+           tmp_path / "whole.mkv")  # fmt: skip
+    coded = ["-c:v", "libx264", "-crf", 12] if choice else ["-c:v", "copy"]
+    ffmpeg("-i", tmp_path / "whole.mkv", "-map", 0, *choice, *coded, "-c:a", "copy", "-c:s", "copy", source)
+    code, said, _ = run("restore", source, target)
+    assert code == 0, said
+    before, after = look(source), look(target)
+    assert after["size"] == (256, 160) and after["format"] == "yuv420p10le"
+    assert len(before["times"]["video"][0]) == (214 if choice else 250)
+    assert close(before["times"]["video"][0], after["times"]["video"][0])
+    for same in ("kinds", "colour", "shape", "languages", "marks", "title", "chapters"):
+        assert before[same] == after[same], same
+    assert before["codecs"][1:] == after["codecs"][1:] and after["codecs"][0] == "hevc"
+    for kind in ("audio", "subtitle"):
+        assert before["payload"][kind] == after["payload"][kind]
+        assert all(map(close, before["times"][kind], after["times"][kind]))
 
 
 def test_a_part_has_the_same_pixels_and_stays_in_sync(folder, restored, run, tmp_path):

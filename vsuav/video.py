@@ -151,6 +151,11 @@ def colour_filter(props: vs.FrameProps, shape: Fraction) -> str:
     return f"setparams={':'.join(known)},setsar={shape.numerator}/{shape.denominator}"
 
 
+def disposition(stream: av.stream.Stream) -> str:
+    """What a stream is marked as (default, forced, …), as ffmpeg's option of this name takes it."""
+    return "+".join(mark.name for mark in av.stream.Disposition if mark & stream.disposition) or "0"
+
+
 def carried_over(source: Path, suffix: str) -> tuple[list[str], list[str]]:
     """ffmpeg's options that carry all but the picture of `source` (its input 1) into a container, and what is lost."""
     options, lost = ["-map_metadata", "1", "-map_chapters", "1", "-c:a", "copy", "-c:s", "copy"], []
@@ -161,6 +166,7 @@ def carried_over(source: Path, suffix: str) -> tuple[list[str], list[str]]:
             codec = context.name if context else "unknown"
             if stream.type == "audio":
                 options += ["-map", f"1:{stream.index}"]
+                options += [f"-disposition:a:{counts['audio']}", disposition(stream)]
                 if codec not in SOUND_OF.get(suffix, {codec}):
                     again = "libopus" if suffix == ".webm" else "aac"
                     options += [f"-c:a:{counts['audio']}", again, f"-b:a:{counts['audio']}", "256k"]
@@ -170,13 +176,14 @@ def carried_over(source: Path, suffix: str) -> tuple[list[str], list[str]]:
                 if codec not in TEXT_SUBTITLES and suffix != ".mkv":
                     lost.append(f"subtitles {stream.index} ({codec}): only .mkv takes subtitles that are pictures")
                     continue
-                options += ["-map", f"1:{stream.index}"]
+                options += ["-map", f"1:{stream.index}", f"-disposition:s:{counts['subtitle']}", disposition(stream)]
                 if codec in TEXT_SUBTITLES and (suffix != ".mkv" or codec == "mov_text") and target:
                     options += [f"-c:s:{counts['subtitle']}", target]
                 counts["subtitle"] += 1
             elif stream.type == "attachment" and suffix == ".mkv":
                 options += ["-map", f"1:{stream.index}", "-c:t", "copy"]
         video = container.streams.video[0]
+        options += ["-disposition:v:0", disposition(video)]
         lost += [f"cover picture {s.index}" for s in container.streams.video if s.disposition & ATTACHED]
         for name in ("language", "title"):
             if name in video.metadata:
