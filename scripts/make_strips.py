@@ -23,6 +23,8 @@ from vsuav.metrics import color_drift, high_frequency_energy, temporal_profile, 
 from vsuav.video import open_video
 
 PAGE = HERE.parent / "docs" / "knobs.md"
+AROUND = 9
+"""Frames on each side of `FRAME` that strips of one frame restore with it."""
 MIDDLE = (16, 12, 64, 48)
 """What the strips show of the crop: left, top, width, height in input pixels."""
 PROMPTS = ("glass towers at night, sharp windows", "an oil painting, thick brush strokes", "fog, soft, out of focus")
@@ -57,11 +59,12 @@ def variants(settings: dict[str, dict]) -> Callable[[vs.VideoNode], Strip]:
     """A strip of one frame: bicubic, then the restored frame with each of the named settings."""
 
     def make(source: vs.VideoNode) -> Strip:
-        low = tensor(pictures(source, [FRAME], MIDDLE)[0])
+        source = source[FRAME - AROUND : FRAME + AROUND]
+        low = tensor(pictures(source, [AROUND], MIDDLE)[0])
         enlarged = source.resize.Bicubic(4 * source.width, 4 * source.height)
         clips = {"bicubic": enlarged} | {name: upscale(source, **given) for name, given in settings.items()}
         area = tuple(4 * side for side in MIDDLE)
-        panels = {name: pictures(clip, [FRAME], area)[0] for name, clip in clips.items()}
+        panels = {name: pictures(clip, [AROUND], area)[0] for name, clip in clips.items()}
         plain = tensor(panels["bicubic"])
         rows = {}
         for name, panel in panels.items():

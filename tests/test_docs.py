@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import sys
 from pathlib import Path
 
 import make_api_docs
@@ -110,6 +111,8 @@ def mistakes(model, tmp_path_factory):
         lambda: upscale(rgb, model, max_shot=25),
         lambda: upscale(rgb, model, device="cuda:9"),
         lambda: upscale(rgb, one_decoder, video_vae=False),
+        lambda: upscale(rgb, model, tiny_vae=True),
+        lambda: upscale(rgb, model, device="cpu", compile="graphs"),
         lambda: upscale(rgb, folder / "empty"),
         lambda: upscale(rgb, folder / "absent"),
         lambda: upscale(rgb, truncated),
@@ -141,6 +144,41 @@ def test_the_troubleshooting_page_quotes_the_real_messages(mistakes):
 def test_messages_that_come_later_are_in_the_source(words):
     assert any(words in heading for heading in HEADINGS)
     assert any(words in path.read_text() for path in (ROOT / "vsuav").glob("*.py"))
+
+
+def strings() -> list[str]:
+    """Every string of the package and the scripts as it is shown, with … for what differs."""
+    found = [path.read_text() for path in ROOT.glob("scripts/*.sh")]
+    for path in [*ROOT.glob("vsuav/*.py"), *ROOT.glob("scripts/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.append("".join(parts))
+    return found
+
+
+def test_the_other_messages_of_the_troubleshooting_page_are_in_the_source():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    headings = set(re.findall(r"^### `(.*)`$", page, re.MULTILINE)) - set(HEADINGS)
+    foreign = {heading for heading in headings if heading.startswith(("Failed to initialize VSScript", "No attribute"))}
+    assert len(foreign) == 2 and len(headings) > 8
+    known = strings()
+    for heading in headings - foreign:
+        pattern = re.compile(re.escape(heading.removeprefix("left out: ")).replace("…", ".*"))
+        assert any(pattern.search(text) for text in known), heading
+
+
+def test_the_messages_of_others_are_theirs():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    with pytest.raises(AttributeError) as raised:
+        vs.core.bs_that_is_not_there  # noqa: B018
+    said = str(raised.value).replace("bs_that_is_not_there", "bs")
+    assert f"### `{said}`" in page
+    tool = Path(sys.executable).with_name("vspipe")
+    real = tool if tool.read_bytes()[:4] == b"\x7fELF" else Path(vs.__file__).parent / "vspipe"
+    assert b"Failed to initialize VSScript" in real.read_bytes()
 
 
 def test_nothing_speaks_of_the_machine_it_was_written_on():
