@@ -164,8 +164,8 @@ def overhead(size: Size, settings: Settings, length: int, repeat: int, budget: f
 
 def _restored(source: vs.VideoNode, networks: Nothing) -> vs.VideoNode:
     look = frames.inspect(source)
-    restorer = Restorer(source, look, networks, 1 << 30, None, 0)
-    return frames.give_back(restorer.clip(), source, look, 4 * source.width, 4 * source.height)
+    restorer = Restorer(source, networks, 1 << 30, None, 0)
+    return frames.give_back(restorer.clip(look), source, look, 4 * source.width, 4 * source.height)
 
 
 def whole(

@@ -41,12 +41,11 @@ def _fill(data, cuts, n, f):
 
 def restored(clip: vs.VideoNode, networks, budget: int = 1 << 30, cache_dir: Path | None = None):
     """`clip` restored by `networks` of any kind, in its own format, and the restorer behind it."""
-    from vsuav import frames
-    from vsuav.plugin import Restorer
+    from vsuav.plugin import Restorer, finished, look_now
 
-    look = frames.inspect(clip)
-    restorer = Restorer(clip, look, networks, budget, cache_dir, 1 << 40)
-    return frames.give_back(restorer.clip(), clip, look, 4 * clip.width, 4 * clip.height), restorer
+    look = look_now(clip)
+    restorer = Restorer(clip, networks, budget, cache_dir, 1 << 40)
+    return finished(restorer, clip, look, (4 * clip.width, 4 * clip.height)), restorer
 
 
 def digest(frame: vs.VideoFrame) -> str:

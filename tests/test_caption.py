@@ -103,7 +103,8 @@ def test_shots_are_those_of_the_filter(tmp_path):
     marked = vs.core.std.Splice([clip[:4], clip[4].std.SetFrameProps(_SceneChangePrev=1), clip[5:]])
     for source, expected in ((clip, [0, 6, 12, 18]), (marked, [0, 4, 6, 12, 18])):
         models, settings = choose({"model": toy.write(tmp_path / str(len(expected)))}, 40, 32)
-        restorer = Restorer(source, frames.inspect(source), Networks(models, settings), 1 << 20, None, 0)
+        restorer = Restorer(source, Networks(models, settings), 1 << 20, None, 0)
+        restorer.clip(frames.inspect(source))
         list(restorer._evidence.frames())
         found = restorer.shots(1)
         ours = caption.shots(source)

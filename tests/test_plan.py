@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from vsuav.plan import Plan, Recipe, Task, cone, evidence_span, front, plan_block, plan_latents, working_set
-from vsuav.shots import FORCED, REACH, Record, Shots
+from vsuav.shots import FORCED, Record, Shots
 from vsuav.store import Store
 from vsuav.tiling import BLOCK
 
@@ -244,24 +244,62 @@ def test_cone_and_ends_say_everything_about_the_cuts(clip, others, recipe):
             assert value == other_value
 
 
-@settings(max_examples=60)
-@given(st.integers(1, 400), st.sets(st.integers(1, 400), max_size=30), RECIPES, st.sampled_from([None, 24]), st.data())
-def test_evidence_is_read_inside_its_span_only(length, cuts, recipe, max_shot, data):
+class Asked(Exception):
+    """Evidence was asked for that may not be."""
+
+
+def planned(block: int, recipe: Recipe, length: int, records: dict[int, Record], allowed: range, **options) -> list:
+    """The plan of a block and all that its latents' names on disk are made of, from the evidence of `allowed` only."""
+
+    def record(n):
+        if n not in allowed:
+            raise Asked(n)
+        return records.get(n, Record())
+
+    shots = Shots(length, record, **options)
+    plan = plan_block(block, recipe, shots, lambda key: False)
+    finals = {key[2] for task in plan.tasks for key in task.reads if key[:2] == ("latent", recipe.steps)}
+    spans = [cone(n, recipe, shots) for n in sorted(finals)]
+    return [plan, spans, [(shots.cut(first), shots.cut(last + 1)) for first, last in spans]]
+
+
+@settings(max_examples=100)
+@given(
+    st.integers(1, 400),
+    st.sets(st.integers(1, 400), max_size=60),
+    st.booleans(),
+    RECIPES,
+    st.sampled_from([None, 24]),
+    st.data(),
+)
+def test_evidence_is_read_inside_its_span_only(length, cuts, said, recipe, max_shot, data):
+    """Whether cuts come from frame properties or from the detector."""
     block = data.draw(st.sampled_from(blocks_of(length)))
     first, last = block * BLOCK, min((block + 1) * BLOCK, length) - 1
     span = evidence_span(first, last, recipe, length, max_shot is not None)
+    records = {n: Record(cut_before=True) if said else Record(0.2 + n % 7 / 10) for n in cuts}
+    plan, spans, _ = planned(block, recipe, length, records, span, max_shot=max_shot)
+    for low, high in [(min(plan.sources), max(plan.sources)), *spans]:
+        assert first - recipe.reach <= low <= high <= last + recipe.reach
+    beyond = recipe.reach + 5 + (FORCED if max_shot else 0)
+    assert span == range(max(0, first - beyond), min(length, last + beyond + 1))
 
-    def record(n):
-        assert n in span
-        return Record(cut_before=n in cuts)
 
-    plan = plan_block(block, recipe, Shots(length, record, max_shot=max_shot), lambda key: False)
-    assert all(n in span for n in plan.sources)
-    reach = recipe.reach + REACH + (FORCED if max_shot else 0)
-    assert len(span) <= BLOCK + 2 * reach
-    for n in range(first, last + 1):
-        for m in cone(n, recipe, Shots(length, record, max_shot=max_shot)):
-            assert abs(n - m) <= recipe.reach
+def test_the_evidence_farthest_away_is_needed():
+    """Behind a cut at the end of a block, a cut 10 frames on decides how the last window lies, a flash 4 more hides it.
+
+    So the span of a block's evidence ends where it must.
+    """
+    block, last, recipe = 20, 125, Recipe(1)
+    span = evidence_span(120, last, recipe, 400, False)
+    records = {last: Record(0.9), last + 10: Record(0.5)}
+    seen = planned(block, recipe, 400, records, span)
+    assert max(seen[0].sources) == last + 9 == last + recipe.reach
+    assert max(planned(block, recipe, 400, {last: Record(0.9)}, span)[0].sources) == last + 8
+    assert span.stop - 1 == last + 14
+    assert planned(block, recipe, 400, {**records, last + 14: Record(0.6)}, span) != seen
+    with pytest.raises(Asked):
+        planned(block, recipe, 400, records, range(span.start, span.stop - 1))
 
 
 @given(st.integers(1, 300), st.integers(1, 12), st.sampled_from([(), (2,), (1, 3)]))

@@ -273,6 +273,39 @@ def test_upscale_of_upscale(model):
     assert ask(upscale(upscale(clip, **options), **options), "random") == wanted
 
 
+def test_loading_a_script_of_nested_filters_computes_nothing():
+    """Not until a frame is asked for; then it is the frame that the clips give one after the other."""
+    networks = [Fake(QUICK) for _ in range(3)]
+    clip = clip_of(pixels(9, 8, 6), ())
+    inner, _ = restored(clip, networks[0])
+    outer, _ = restored(inner.std.FlipVertical().std.Crop(left=8, right=8), networks[1])
+    last, _ = restored(outer.resize.Bicubic(16, 8), networks[2])
+    assert (last.width, last.height, last.num_frames, last.format.id) == (64, 32, 9, vs.RGBS)
+    assert [each.windows for each in networks] == [[], [], []]
+    got = ask(last, "random")
+    assert all(each.windows for each in networks)
+    for prepare in (lambda c: c.std.FlipVertical().std.Crop(left=8, right=8), lambda c: c.resize.Bicubic(16, 8)):
+        stored = np.stack([np.stack(planes(frame)) for frame in restored(clip, Fake(QUICK))[0].frames()])
+        clip = prepare(clip_of(stored, ()))
+    assert ask(restored(clip, Fake(QUICK))[0], "linear") == got
+
+
+@pytest.mark.parametrize("props", [{"_FieldBased": 1}, {"_Transfer": 16}, {"_Matrix": 2}])
+def test_what_is_wrong_with_a_nested_clip_is_said_by_its_frames(model, props):
+    options = {"model": model, "steps": 1, "dtype": "float32", "threads": 1}
+    inner = upscale(clip_of(pixels(3, 8, 6), ()), **options)
+    wrong = inner.resize.Bicubic(format=vs.YUV420P8, matrix=1).std.SetFrameProps(**props)
+    with pytest.raises(vs.Error, match="upscale: (a YUV )?clip .*got _") as late:
+        upscale(wrong, **options).get_frame(1)
+    del inner
+    alone = clip_of(pixels(3, 32, 24), ()).resize.Bicubic(format=vs.YUV420P8, matrix=1).std.SetFrameProps(**props)
+    del wrong
+    gc.collect()
+    with pytest.raises(vs.Error) as early:
+        upscale(alone, **options)
+    assert str(early.value) in str(late.value)
+
+
 def test_a_failed_frame_fails_alone(model):
     """An error upstream reaches the frames that need it; the others come, and later it may work."""
     data, broken = pixels(130, 16, 16), [True]

@@ -38,13 +38,27 @@ def inspect(clip: vs.VideoNode) -> Look:
     Raises:
         ValueError: one line with what is wrong and what would mend it.
     """
+    check(clip)
+    return look_of(clip)
+
+
+def check(clip: vs.VideoNode) -> None:
+    """Check the description of `clip`; asks for no frame. Raises as `inspect`."""
     if not isinstance(clip, vs.VideoNode):
         raise ValueError(f"clip must be a VapourSynth video clip, got {type(clip).__name__}")
     if not clip.format or clip.format.id == 0:
         raise ValueError("clip must have one constant format, got a variable one; convert it with resize first")
     if clip.width == 0 or clip.height == 0:
         raise ValueError("clip must have one constant size, got a variable one; resize or split it first")
-    first = download(clip).get_frame(0).props
+
+
+def look_of(clip: vs.VideoNode) -> Look:
+    """The look of a clip, from its first frame. Raises as `inspect`."""
+    return look_from(clip.format, download(clip).get_frame(0).props)
+
+
+def look_from(format: vs.VideoFormat, first: Mapping) -> Look:
+    """The look of a clip whose first frame has the properties `first`. Raises as `inspect`."""
     field = int(first.get("_FieldBased", 0))
     if field in FIELD_ORDERS:
         raise ValueError(
@@ -58,7 +72,7 @@ def inspect(clip: vs.VideoNode) -> Look:
             "tone-map it to BT.709 first"
         )
     matrix = None
-    if clip.format.color_family == vs.YUV:
+    if format.color_family == vs.YUV:
         matrix = int(first.get("_Matrix", UNSPECIFIED))
         if matrix in (0, UNSPECIFIED):
             raise ValueError(
@@ -66,12 +80,10 @@ def inspect(clip: vs.VideoNode) -> Look:
                 "clip.std.SetFrameProps(_Matrix=1) for BT.709 (HD) or _Matrix=6 for BT.601 (SD)"
             )
     named = first["_Range"] if "_Range" in first else first.get("_ColorRange")
-    if named is None:
-        full = clip.format.color_family == vs.RGB
-    else:
-        full = int(named) == (vs.RANGE_FULL if "_Range" in first else 0)
+    full_code = vs.RANGE_FULL if "_Range" in first else 0
+    full = format.color_family == vs.RGB if named is None else int(named) == full_code
     unsaid = tuple(name for name in ("_Transfer", "_Primaries") if int(first.get(name, UNSPECIFIED)) == UNSPECIFIED)
-    return Look(clip.format, matrix, full, unsaid)
+    return Look(format, matrix, full, unsaid)
 
 
 def download(clip: vs.VideoNode) -> vs.VideoNode:

@@ -37,8 +37,12 @@ class Recipe:
 
     @property
     def reach(self) -> int:
-        """No frame's value depends on input frames farther away than this."""
-        return STRIDE * self.steps + WINDOW + len(self.propagation) * (self.radius + STRIDE)
+        """No block's value depends on input frames farther away from it than this: its widest cone, cuts included.
+
+        A step widens the cone by 6 frames, a propagation step by R + 6 in addition; 3 more where a shot's first chunk
+        looks over the end of the block and its last window is moved.
+        """
+        return STRIDE * self.steps + 3 + len(self.propagation) * (self.radius + STRIDE)
 
 
 class Task(NamedTuple):
@@ -74,8 +78,12 @@ class Plan:
 
 
 def evidence_span(first: int, last: int, recipe: Recipe, frames: int, forced: bool) -> range:
-    """The frames whose evidence can matter for the frames `first` … `last`."""
-    reach = recipe.reach + REACH + (FORCED if forced else 0)
+    """The frames whose evidence can matter for the frames `first` … `last`.
+
+    The shots of frames inside the widest cone are asked for, but for those that only the first step's windows bring in,
+    7 frames on each side. So this reaches 5 frames farther than the cone (17 where cuts are forced).
+    """
+    reach = recipe.reach - (WINDOW - 1) + REACH + (FORCED if forced else 0)
     return range(max(0, first - reach), min(frames, last + reach + 1))
 
 
@@ -141,9 +149,7 @@ class _Level:
             cleans[earlier] |= stepping
         windows = self._windows(stepping | raw)
         self.tasks += windows
-        self.tasks += [
-            Task("x0", step, (n,), self._prediction(n), (("x0", step, n),)) for n in sorted(raw)
-        ]
+        self.tasks += [Task("x0", step, (n,), self._prediction(n), (("x0", step, n),)) for n in sorted(raw)]
         self.tasks += chains
         self.tasks += [self._step(n) for n in sorted(stepping)]
         return stepping | raw | {n for task in windows for n in task.frames}
@@ -183,16 +189,16 @@ class _Level:
 
     def _chains(self, cleaning: set[int], flows: set[int]) -> tuple[list[Task], set[int]]:
         """Forward chains that make the clean latents of `cleaning`, and the backward chains they read."""
-        step, radius = self.step, self.recipe.radius
+        step = self.step
         ends: dict[int, int] = {}
         for n in cleaning:
-            start = forward_start(n, radius, self.shots.clamp(n, n - radius - STRIDE))
+            start = _forward_start(n, self.recipe, self.shots)
             ends[start] = max(n, ends.get(start, n))
         backs = {n for start, end in ends.items() for n in range(start, end + 1)}
         backs = {n for n in backs if not self.have(("back", step, n))}
         starts: dict[int, int] = {}
         for n in backs:
-            last = backward_start(n, radius, self.shots.clamp(n, n + radius + STRIDE) + 1)
+            last = _backward_start(n, self.recipe, self.shots)
             starts[last] = min(n, starts.get(last, n))
         tasks = [self._chain("backward", first, last, backs) for last, first in sorted(starts.items())]
         tasks += [self._chain("forward", first, last, cleaning) for first, last in sorted(ends.items())]
@@ -203,16 +209,25 @@ class _Level:
 
     def _chain(self, kind: str, first: int, last: int, wanted: set[int]) -> Task:
         """One chain over the frames `first` … `last`; it makes those of `wanted` that share its starting point."""
-        radius, shots = self.recipe.radius, self.shots
         frames = tuple(range(first, last + 1))
         if kind == "backward":
             reads, makes = "x0", "back"
-            mine = [n for n in frames if backward_start(n, radius, shots.clamp(n, n + radius + STRIDE) + 1) == last]
+            mine = [n for n in frames if n in wanted and _backward_start(n, self.recipe, self.shots) == last]
         else:
             reads, makes = "back", "clean"
-            mine = [n for n in frames if forward_start(n, radius, shots.clamp(n, n - radius - STRIDE)) == first]
+            mine = [n for n in frames if n in wanted and _forward_start(n, self.recipe, self.shots) == first]
         keys = (*((reads, self.step, n) for n in frames), *(("flow", n) for n in frames[:-1]))
-        return Task(kind, self.step, frames, keys, tuple((makes, self.step, n) for n in mine if n in wanted))
+        return Task(kind, self.step, frames, keys, tuple((makes, self.step, n) for n in mine))
+
+
+def _backward_start(n: int, recipe: Recipe, shots: Shots) -> int:
+    """Where the backward chain of frame n starts, from the cuts on the way only."""
+    return backward_start(n, recipe.radius, shots.clamp(n, n + recipe.radius + STRIDE - 1) + 1)
+
+
+def _forward_start(n: int, recipe: Recipe, shots: Shots) -> int:
+    """Where the forward chain of frame n starts."""
+    return forward_start(n, recipe.radius, shots.clamp(n, n - recipe.radius - STRIDE + 1))
 
 
 def cone(frame: int, recipe: Recipe, shots: Shots) -> tuple[int, int]:
@@ -220,8 +235,7 @@ def cone(frame: int, recipe: Recipe, shots: Shots) -> tuple[int, int]:
     first = last = frame
     for step in reversed(range(recipe.steps)):
         if step in recipe.propagation:
-            first = forward_start(first, recipe.radius, shots.clamp(first, first - recipe.radius - STRIDE))
-            last = backward_start(last, recipe.radius, shots.clamp(last, last + recipe.radius + STRIDE) + 1)
+            first, last = _forward_start(first, recipe, shots), _backward_start(last, recipe, shots)
         first = min(start for start, _ in windows_of(first, *shots.shot(first)))
         last = max(stop for _, stop in windows_of(last, *shots.shot(last))) - 1
     return first, last

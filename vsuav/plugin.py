@@ -33,6 +33,8 @@ from vsuav.tiling import BLOCK
 
 LINK = 32
 """Most input frames one node holds at a time."""
+REQUESTS = 64
+"""Requests far apart that may be under way at once: each needs its own evidence."""
 KEPT_BLOCKS = 3
 """Blocks of results VapourSynth keeps."""
 PROMPT = "_UAVPrompt"
@@ -54,6 +56,7 @@ def upscale(
     propagation_radius: int = 16,
     flow: str = "auto",
     video_vae: bool | None = None,
+    tiny_vae: bool = False,
     color_fix: str | None = None,
     scale: float = 4,
     width: int | None = None,
@@ -67,6 +70,7 @@ def upscale(
     device: str = "auto",
     dtype: str = "auto",
     threads: int | str = "auto",
+    compile: str = "none",
     cache_mib: int = 1024,
     cache_dir: str | Path | None = None,
     cache_dir_mib: int = 20480,
@@ -92,6 +96,7 @@ def upscale(
         propagation_radius: frames a chain of propagation reaches at least.
         flow: `raft` (needs weights in the model folder), `dis`, or `auto`.
         video_vae: decode with the video decoder (False: the image decoder).
+        tiny_vae: decode with the tiny decoder in the model's folder `vae_tiny`: faster, coarser.
         color_fix: `none`, `adain` or `wavelet`: brings colours back to the input's.
         scale: 1…4; below 4 the result is downscaled.
         width, height: size of the result instead of `scale`; one of them keeps the shape of the picture.
@@ -104,6 +109,8 @@ def upscale(
         device: `cpu`, `cuda`, `cuda:N`, or `auto`.
         dtype: `float32`, `bfloat16`, `float16` or `auto`.
         threads: CPU threads of the networks, or `auto`.
+        compile: `kernels` has torch compile the networks for every shape, `graphs` records them as CUDA graphs too:
+            minutes at the start for speed later, and other last bits; `none`.
         cache_mib: memory for latents, in MiB; changes speed, never pixels.
         cache_dir: folder in which final latents outlive the process.
         cache_dir_mib: most MiB in it.
@@ -122,22 +129,55 @@ def upscale(
 
 
 def _upscale(clip: vs.VideoNode, given: dict[str, Any]) -> vs.VideoNode:
-    look = frames.inspect(clip)
-    size = _size(clip, look, given)
+    look = look_now(clip)
+    size = _size(clip, given)
     budget, disk_budget = (_mebibytes(name, given[name]) for name in ("cache_mib", "cache_dir_mib"))
     models, settings = choose(given, clip.width, clip.height)
     networks = Networks(models, settings)
     networks.check_prompts([text for _, text in settings.prompts])
-    restorer = Restorer(clip, look, networks, budget, given["cache_dir"], disk_budget)
-    return frames.give_back(restorer.clip(), clip, look, *size)
+    return finished(Restorer(clip, networks, budget, given["cache_dir"], disk_budget), clip, look, size)
 
 
-def _size(clip: vs.VideoNode, look: frames.Look, given: dict[str, Any]) -> tuple[int, int]:
+def look_now(clip: vs.VideoNode) -> frames.Look | None:
+    """The look of `clip`, or None where finding it could cost the work of another `upscale` of the same script.
+
+    Raises:
+        ValueError: the clip cannot be restored; one line.
+    """
+    frames.check(clip)
+    return None if _lives_here() else frames.look_of(clip)
+
+
+def finished(restorer: "Restorer", clip: vs.VideoNode, look: frames.Look | None, size: tuple[int, int]) -> vs.VideoNode:
+    """What the user gets: the clip of `restorer` in the format of `clip` and in the `size` (width, height) asked for.
+
+    Without a look, its nodes are made when a frame is asked for: they depend on the first frame of `clip`.
+    """
+    if look is not None:
+        return frames.give_back(restorer.clip(look), clip, look, *size)
+    blank = vs.core.std.BlankClip(frames.download(clip), width=size[0], height=size[1], keep=True)
+    made: list[vs.VideoNode] = []
+
+    def make(n: int, f: vs.VideoFrame) -> vs.VideoNode:
+        if not made:
+            try:
+                look = frames.look_from(clip.format, f.props)
+            except ValueError as error:
+                raise vs.Error(f"upscale: {error}") from None
+            made.append(frames.give_back(restorer.clip(look), clip, look, *size))
+        return made[0]
+
+    first = frames.download(clip)[:1].std.Loop(clip.num_frames)
+    making = blank.std.FrameEval(make, prop_src=first)
+    return blank.std.FrameEval(lambda n: made[0] if made else making)
+
+
+def _size(clip: vs.VideoNode, given: dict[str, Any]) -> tuple[int, int]:
     """Width and height of the result."""
     scale, width, height = given["scale"], given["width"], given["height"]
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 1 <= scale <= 4:
         raise ValueError(f"scale must be between 1 and 4, got {scale!r}")
-    steps = 1 << look.format.subsampling_w, 1 << look.format.subsampling_h
+    steps = 1 << clip.format.subsampling_w, 1 << clip.format.subsampling_h
     for name, value, side in (("width", width, clip.width), ("height", height, clip.height)):
         if value is not None and (not isinstance(value, int) or not 1 <= value <= 4 * side):
             raise ValueError(f"{name} must be between 1 and {4 * side} (4x the input), got {value!r}")
@@ -150,7 +190,7 @@ def _size(clip: vs.VideoNode, look: frames.Look, given: dict[str, Any]) -> tuple
         height = min(4 * clip.height, max(1, round(width * clip.height / clip.width / steps[1])) * steps[1])
     for name, value, step in (("width", width, steps[0]), ("height", height, steps[1])):
         if value % step:
-            raise ValueError(f"{name} must be a multiple of {step} for {look.format.name}, got {value}")
+            raise ValueError(f"{name} must be a multiple of {step} for {clip.format.name}, got {value}")
     return width, height
 
 
@@ -166,30 +206,30 @@ class Restorer:
     def __init__(
         self,
         clip: vs.VideoNode,
-        look: frames.Look,
         networks: Networks,
         budget: int,
         cache_dir: str | Path | None,
         disk_budget: int,
     ):
-        self._rgb = frames.to_rgb(clip, look)
+        self._source = clip
         self._length = clip.num_frames
         self._networks = networks
         self._life = Life()
         self._progress = Progress(self._life.inform)
         disk = None if cache_dir is None else Disk(cache_dir, disk_budget, self._life.warn)
         self.engine = Engine(networks, Store(budget), disk)
-        self._records = Records()
+        self._records = Records(REQUESTS * len(self._span(self._length // BLOCK // 2)))
         self._budget_checked = False
         self._blank = vs.core.std.BlankClip(format=vs.GRAY8, width=16, height=16, length=1, keep=True)
         self._template = vs.core.std.BlankClip(
             format=vs.RGBS, width=4 * clip.width, height=4 * clip.height, length=1, keep=True
         )
-        self._evidence = self._evidence_node()
 
-    def clip(self) -> vs.VideoNode:
-        """The restored clip: RGBS, 4x as large."""
+    def clip(self, look: frames.Look) -> vs.VideoNode:
+        """The restored clip: RGBS, 4x as large; `look` says how the source is to be read. To be called once."""
         core = vs.core
+        self._rgb = frames.to_rgb(self._source, look)
+        self._evidence = self._evidence_node()
         grid = self._blank.std.Loop(-(-self._length // BLOCK))
         evidence = grid.std.FrameEval(self._gather_evidence)
         blocks = grid.std.FrameEval(self._compute, prop_src=evidence)
@@ -328,13 +368,23 @@ def _hand_out(n: int, f: vs.VideoFrame) -> vs.VideoFrame:
     return f.props[_name(n)]
 
 
+_lives: weakref.WeakSet["Life"] = weakref.WeakSet()
+
+
+def _lives_here() -> bool:
+    """Whether a restored clip of this script is still there, which another clip may come from."""
+    here = vs.get_current_environment()
+    return any(life.environment == here for life in list(_lives))
+
+
 class Life:
     """Whether the script a clip belongs to still lives, and its log. Made while the script's environment is active."""
 
     def __init__(self):
-        self._environment = vs.get_current_environment()
+        self.environment = vs.get_current_environment()
         self._stopped = threading.Event()
         vs.register_on_destroy(functools.partial(_stop, weakref.ref(self)))
+        _lives.add(self)
 
     def watch(self) -> Callable[[], bool]:
         """Whether a request that comes now is still wanted, to be asked again and again.
@@ -342,12 +392,12 @@ class Life:
         It is not once the environment is being destroyed, or its outputs, there when the request came, were cleared.
         """
         shown = self._shown()
-        return lambda: not self._stopped.is_set() and self._environment.alive and (not shown or self._shown())
+        return lambda: not self._stopped.is_set() and self.environment.alive and (not shown or self._shown())
 
     def _shown(self) -> bool:
-        if not self._environment.alive:
+        if not self.environment.alive:
             return False
-        with self._environment.use():
+        with self.environment.use():
             return bool(vs.get_outputs())
 
     def warn(self, line: str) -> None:
@@ -362,8 +412,8 @@ class Life:
         self._stopped.set()
 
     def _log(self, kind: vs.MessageType, line: str) -> None:
-        if self._environment.alive:
-            with self._environment.use():
+        if self.environment.alive:
+            with self.environment.use():
                 vs.core.log_message(kind, f"upscale: {line}")
 
 

@@ -18,7 +18,7 @@ FORCED = 12
 """A forced cut keeps this far away from real ones."""
 FAR = WINDOW + 1
 """How far from a frame the ends of its shot are looked for; farther away no window or chunk of it depends on them."""
-REACH = FAR + FLASH + 1
+REACH = FAR - 1 + FLASH
 """How far from a frame evidence is read to know its shot."""
 
 
@@ -41,7 +41,7 @@ class Record:
 class Records:
     """A bounded memo of records by frame number, safe to use from many threads."""
 
-    def __init__(self, limit: int = 1 << 15):
+    def __init__(self, limit: int):
         self._limit = limit
         self._records: OrderedDict[int, Record] = OrderedDict()
         self._lock = threading.Lock()
