@@ -72,3 +72,18 @@ def test_a_frame_as_a_clip(restored, clip):
     one = restored(vsutil.frame2clip(clip.get_frame(2)))
     assert one.num_frames == 1
     assert np.array_equal(planes(one, 0)[0], planes(restored(clip[2]), 0)[0])
+
+
+def test_with_vs_jetpack(restored, clip):
+    """Where vs-jetpack is installed: its helpers around `upscale`, and `upscale` as one of its scalers."""
+    vstools = pytest.importorskip("vstools", reason="vs-jetpack is not installed")
+    vsscale = pytest.importorskip("vsscale", reason="vs-jetpack is not installed")
+    work = vstools.initialize_clip(clip, 16)
+    result = restored(work)
+    assert result.format.id == vs.YUV420P16
+    assert vstools.finalize_clip(result).format.id == vs.YUV420P10
+    assert restored(vstools.get_y(work)).format.id == vs.GRAY16
+    assert vstools.iterate(work, functools.partial(restored, scale=2), 2).width == 4 * work.width
+    scaler = vsscale.GenericScaler(lambda c, width, height, **_: restored(c, width=width, height=height))
+    scaled = scaler.scale(work, 100, 80)
+    assert (scaled.width, scaled.height) == (100, 80) and len(planes(scaled)) == 3
