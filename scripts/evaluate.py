@@ -253,8 +253,9 @@ def shrunk(frame: np.ndarray, times: int) -> np.ndarray:
     return cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
 
 
-def run_rows(report: Report, judge: Judge, rows: dict[str, Row], clip: Clip, pictures: bool = True) -> None:
-    shown = []
+def run_rows(report: Report, judge: Judge, rows: dict[str, Row], clip: Clip) -> None:
+    """Measure every row on a clip; write the middle frames, and the middle column over time, as pictures."""
+    shown: dict[str, Tensor] = {}
     for name, row in rows.items():
         if (numbers := report.known(clip.kind, name, clip.name)) is None:
             try:
@@ -262,12 +263,22 @@ def run_rows(report: Report, judge: Judge, rows: dict[str, Row], clip: Clip, pic
             except (ValueError, RuntimeError, vs.Error) as error:
                 say(f"{clip.name} {clip.kind} {name} left out: {error}")
                 continue
-            shown.append(result[len(result) // 2])
+            shown[name] = result
         report.add(clip, name, numbers)
     report.write()
-    if pictures and shown:
-        truth = [clip.truth[len(clip.truth) // 2]] if clip.truth is not None else []
-        strip([*shown, *truth], report.out / f"{clip.name}-{clip.kind.replace(' ', '-')}.png")
+    if not shown:
+        return
+    if clip.truth is not None:
+        shown["truth"] = clip.truth
+    stem = report.out / f"{clip.name}-{clip.kind.replace(' ', '-')}"
+    strip({name: frames[len(frames) // 2] for name, frames in shown.items()}, stem.with_name(f"{stem.name}.png"))
+    if len(clip.low) > 1:
+        column = 4 * clip.low.shape[-1] // 2
+        lines = {
+            name: temporal_profile(frames, column).repeat_interleave(max(1, 96 // len(frames)), -1)
+            for name, frames in shown.items()
+        }
+        strip(lines, stem.with_name(f"{stem.name}-profile.png"), across=12)
 
 
 def size_of(text: str) -> tuple[int, int] | None:
@@ -373,7 +384,7 @@ def evaluate(args: argparse.Namespace) -> str:
         report.effects["text"] = found
         report.sections["prompts, single frames, colours not put right"] = text_table(found)
         if pictures:
-            strip(list(pictures.values()), args.out / "text.png")
+            strip(pictures, args.out / "text.png")
         report.write()
     if few and "ablation" in args.tables:
         found = ablation(ours, few, judge, args.seeds)

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 Numbers = dict[str, float]
@@ -152,14 +151,18 @@ def curves(rows: dict[str, Numbers], columns: Sequence[str], label: str, path: P
     pyplot.close(figure)
 
 
-def save_picture(image: Tensor, path: Path) -> None:
-    """Of "3 h w" in [0, 1]."""
-    Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
-
-
-def strip(images: list[Tensor], path: Path, across: int = 4) -> None:
-    """Pictures "3 h w" of one size beside and below each other."""
-    blank = torch.ones_like(images[0])
-    rows = [images[i : i + across] for i in range(0, len(images), across)]
-    rows[-1] = rows[-1] + [blank] * (across - len(rows[-1]) if len(rows) > 1 else 0)
-    save_picture(torch.cat([torch.cat(row, dim=-1) for row in rows], dim=-2), path)
+def strip(images: dict[str, Tensor], path: Path, across: int = 4) -> None:
+    """Pictures "3 h w" of one size in [0, 1] beside and below each other, each under its name."""
+    named = []
+    for name, image in images.items():
+        pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        canvas = Image.new("RGB", (pixels.shape[1] + 4, pixels.shape[0] + 18), "white")
+        canvas.paste(Image.fromarray(pixels), (0, 16))
+        ImageDraw.Draw(canvas).text((2, 2), name, fill="black")
+        named.append(canvas)
+    width, height = named[0].size
+    across = min(across, len(named))
+    sheet = Image.new("RGB", (across * width, -(-len(named) // across) * height), "white")
+    for i, canvas in enumerate(named):
+        sheet.paste(canvas, (i % across * width, i // across * height))
+    sheet.save(path)

@@ -104,7 +104,11 @@ def test_pairs_of_another_program_are_measured(tmp_path, model, capsys):
         assert numbers["psnr_y"] == pytest.approx(np.mean(values), abs=2e-3)
     mean = np.mean([numbers["psnr_y"] for numbers in clips.values()])
     assert report["summary"]["degraded"]["bicubic"]["psnr_y"] == pytest.approx(mean)
-    assert (tmp_path / "out" / "film-degraded.png").is_file() and (tmp_path / "out" / "evaluation.md").is_file()
+    with Image.open(tmp_path / "out" / "film-degraded.png") as picture:
+        assert (
+            picture.size[0] >= 4 * 64 and picture.size[1] >= 2 * 48
+        )  # five rows and the truth, four beside each other
+    assert (tmp_path / "out" / "film-degraded-profile.png").is_file() and (tmp_path / "out" / "evaluation.md").is_file()
 
 
 @pytest.mark.parametrize("fault", ["size", "partner", "unreadable", "empty", "small"])
