@@ -35,9 +35,7 @@ def test_frames_out_of_order_reloads_and_nothing_left_behind(tmp_path):
     script.write_text(SCRIPT.format(tests=str(HERE), root=str(HERE.parent), model=str(model)))
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    run = subprocess.run(
-        [host, script, "3", "17", "3", "13", "3"], capture_output=True, text=True, env=environment
-    )
+    run = subprocess.run([host, script, "3", "17", "3", "13", "3"], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     loads = run.stdout.split("load")[:-1]
     frames = [[line for line in load.splitlines() if "rss" not in line] for load in loads]
@@ -48,3 +46,21 @@ def test_frames_out_of_order_reloads_and_nothing_left_behind(tmp_path):
     resident = [int(line.split()[-1]) for line in run.stdout.splitlines() if "rss" in line]
     assert resident[2] < 1.03 * resident[1], f"KiB after each load: {resident}"
     print("KiB after each load:", resident)
+
+
+LOADED = """
+import sys
+sys.path[:0] = [{tests!r}, {root!r}]
+from clips import clip_of, pixels
+from vsuav import upscale
+upscale(clip_of(pixels(2, 16, 16), ()), model={model!r}, steps=1, dtype="float32", threads=1).get_frame(0)
+print(sorted({{"triton", "torch._dynamo", "torch._inductor"}} & sys.modules.keys()))
+"""
+
+
+def test_torchs_compiler_stays_out_of_the_host(tmp_path):
+    """Its LLVM crashes a host that has another one, as previewers have on machines that draw with Mesa."""
+    program = LOADED.format(tests=str(HERE), root=str(HERE.parent), model=str(toy.write(tmp_path / "model")))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert run.stdout.strip() == "[]"

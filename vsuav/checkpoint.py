@@ -29,7 +29,7 @@ from vsuav.schedule import Schedule
 from vsuav.text import CLIP, MiniLM, TextEncoder, read_prompts
 from vsuav.unet import Rotary, UNetConfig, UNetVideo, temporal_parameters
 from vsuav.vae import VAE, VAEConfig
-from vsuav.weights import ModelError, digest_tensors, read_tensors
+from vsuav.weights import ModelError, bare, digest_tensors, read_tensors
 
 __all__ = ["ModelError", "Models", "bundled", "convert", "fetch", "load", "locate"]
 
@@ -304,7 +304,7 @@ def read_part(name: str, part: Part, folder: Path, kind: str = "") -> tuple[str,
             config = {"temporal_norm_num_groups": config.get("norm_num_groups", 32)} | config
     build, settings = (UNetVideo, UNetConfig) if name == "unet" else (VAE, VAEConfig)
     try:
-        with torch.device("meta"):
+        with bare():
             network = build(settings.from_dict(config))
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{part.config_path}: {error}") from None

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vsuav.weights import bare
+
 SMALLEST = 128  # shortest side both estimators see: below, RAFT's coarsest correlation level is a single cell
 
 LIBRARY = f"opencv {cv2.__version__}"
@@ -194,7 +196,7 @@ def raft_network(state: Mapping[str, Tensor]) -> nn.Module:
     """torchvision's RAFT large holding the tensors of a released `raft-things.pth`; every name must fit."""
     from torchvision.models.optical_flow import raft_large  # takes seconds: only who uses RAFT waits for it
 
-    with torch.device("meta"):
+    with bare():
         network = raft_large(weights=None)
     renamed = {new: state[old] for old, new in raft_names(list(state)).items()}
     for copy in (name for name in state if ".norm3." in name):

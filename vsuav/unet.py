@@ -182,7 +182,8 @@ class Rotary(nn.Module):
 
     def __init__(self):
         super().__init__()
-        k = torch.arange(ROTARY_CHANNELS // 2, dtype=torch.float32)
+        # on the CPU even where a network is built on the meta device: a power there would load torch's compiler
+        k = torch.arange(ROTARY_CHANNELS // 2, dtype=torch.float32, device="cpu")
         self.freqs = nn.Parameter(10000.0 ** (-2 * k / ROTARY_CHANNELS))
 
     def turns(self, t: int) -> Tensor:

@@ -5,20 +5,43 @@ plain dictionaries of CPU tensors in the dtype of the file, each owning its memo
 file in use changes no pixel, and a caller that pops tensors as it uses them never holds the weights twice.
 """
 
+import contextlib
 import json
 import math
 import pickle
 import struct
 import zipfile
+from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 
 class ModelError(ValueError):
     """A model folder or file that cannot be used. The message is one line: what was looked for and what was found."""
+
+
+class _NoValues(TorchFunctionMode):
+    """Leaves out what `torch.nn.init` would do."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (args or tuple(kwargs.values()))[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def bare() -> Iterator[None]:
+    """Networks built in here have no memory and no values: all on the meta device, no initialiser runs.
+
+    An initialiser on the meta device would load torch's compiler, and with it a second LLVM, which crashes programs
+    that have one already, such as previewers that draw with Mesa.
+    """
+    with torch.device("meta"), _NoValues():
+        yield
 
 
 DTYPES = {
