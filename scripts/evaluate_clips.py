@@ -236,7 +236,7 @@ def _film_bytes(path: Path) -> bytes:
 
 
 def _tail(path: Path, count: int) -> Iterator[tuple[str, np.ndarray]]:
-    for i, clip in enumerate(_take(_film_bytes(path), [11_700, 12_600], count, True)):
+    for i, clip in enumerate(_take(_film_bytes(path), [11_700, 11_580], count, True)):
         yield f"bbb-tail-{i}", clip
 
 
