@@ -129,7 +129,7 @@ def test_too_little_memory_names_a_smaller_tile(model, monkeypatch, error):
 
     for tile, smaller in (((0, 0), 64), ((320, 256), 128)):
         tiled = networks(model, tile=tile)
-        monkeypatch.setattr(tiled, "_unet", refuse)
+        monkeypatch.setattr(tiled, "_call", refuse)
         x, low = torch.zeros(1, 4, 2, 300, 400), torch.zeros(1, 3, 2, 300, 400)
         expected = f"frames 6 to 7 at 400x300; try tile={smaller if tile[0] else 128}"
         with pytest.raises(NetworkError, match=expected):
@@ -138,6 +138,6 @@ def test_too_little_memory_names_a_smaller_tile(model, monkeypatch, error):
 
 def test_other_errors_are_not_called_memory(model, monkeypatch):
     broken = networks(model)
-    monkeypatch.setattr(broken, "_unet", lambda *args: [][0])
+    monkeypatch.setattr(broken, "_call", lambda *args: [][0])
     with pytest.raises(IndexError):
         broken._predict(torch.zeros(1, 4, 2, 8, 8), torch.zeros(1, 3, 2, 8, 8), 1, None, False, (6, 7))

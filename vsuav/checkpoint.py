@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from vsuav import flow
 from vsuav.schedule import Schedule
 from vsuav.text import CLIP, MiniLM, TextEncoder, read_prompts
+from vsuav.tiny import TinyConfig, TinyVAE
 from vsuav.unet import Rotary, UNetConfig, UNetVideo, temporal_parameters
 from vsuav.vae import VAE, VAEConfig
 from vsuav.weights import ModelError, bare, digest_tensors, read_tensors
@@ -48,6 +49,7 @@ PARTS = {
         ("vae", "vae_video_config.json", "vae_video.bin", "vae_video.safetensors"),
         ("vae_video", *IN_DIFFUSERS),
     ),
+    "tiny_vae": (("vae_tiny", *IN_DIFFUSERS),),
 }
 """Part -> the places it may lie in: folder, config, and names of the weights in order of preference."""
 RAFT_FILES = ("propagator/raft-things.safetensors", "propagator/raft-things.pth")
@@ -87,6 +89,7 @@ class Models:
     presets: dict[str, dict[str, Any]]
     digest: str
     """Hexadecimal; the same for the same tensors and settings, in whichever layout they lie."""
+    tiny_vae: TinyVAE | None = None
 
     def raft_network(self) -> nn.Module:
         """The optical flow network of the folder, read when it is first needed."""
@@ -302,7 +305,9 @@ def read_part(name: str, part: Part, folder: Path, kind: str = "") -> tuple[str,
         kind = _kind(folder, part, tensors)
         if kind == "sd-x4":
             config = {"temporal_norm_num_groups": config.get("norm_num_groups", 32)} | config
-    build, settings = (UNetVideo, UNetConfig) if name == "unet" else (VAE, VAEConfig)
+    build, settings = {"unet": (UNetVideo, UNetConfig), "tiny_vae": (TinyVAE, TinyConfig)}.get(name, (VAE, VAEConfig))
+    if name == "tiny_vae":
+        tensors = {key: value for key, value in tensors.items() if not key.startswith("encoder.")}
     try:
         with bare():
             network = build(settings.from_dict(config))
@@ -387,6 +392,7 @@ def load(
         defaults=defaults,
         presets=own.get("presets", {}),
         digest=digest.hexdigest(),
+        tiny_vae=networks.get("tiny_vae"),
     )
 
 
@@ -402,7 +408,7 @@ def convert(source: str | Path, target: Path, dtype: torch.dtype | None = None) 
     shutil.rmtree(unfinished, ignore_errors=True)
     kind = ""
     for name, part in find_parts(folder).items():
-        inner = unfinished / {"video_vae": "vae_video"}.get(name, name)
+        inner = unfinished / {"video_vae": "vae_video", "tiny_vae": "vae_tiny"}.get(name, name)
         inner.mkdir(parents=True)
         kind, _, tensors = read_part(name, part, folder, kind)
         for key in [key for key in tensors if dtype and key != FREQUENCIES]:

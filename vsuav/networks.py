@@ -10,7 +10,7 @@ import gc
 import platform
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,31 @@ def exact_arithmetic(threads: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
+def compiled(network: Callable[..., Tensor], how: str, device: torch.device) -> Callable[..., Tensor]:
+    """`network` compiled by torch for every shape by itself, which its first call with that shape takes minutes for.
+
+    What is compiled for a shape does not depend on the shapes seen before, and no choice is made by measuring. That a
+    call falls back to the network as it is, which would give other bits, is an error.
+
+    Args:
+        how: "kernels", or "graphs", which also records each shape as a CUDA graph.
+
+    Raises:
+        ValueError: graphs are asked for without a GPU.
+    """
+    if how == "graphs" and device.type == "cpu":
+        raise ValueError("compile must be 'none' or 'kernels' on a CPU, got 'graphs'")
+    options = {"deterministic": True, **({"triton.cudagraphs": True} if how == "graphs" else {})}
+    made = torch.compile(network, dynamic=False, options=options)
+
+    def call(*inputs) -> Tensor:
+        limits = {"recompile_limit": 10**6, "accumulated_recompile_limit": 10**6, "fail_on_recompile_limit_hit": True}
+        with torch._dynamo.config.patch(**limits):
+            return made(*inputs)
+
+    return call
+
+
 class Networks:
     """`models` on the device and in the dtype of `settings`, for one clip.
 
@@ -128,13 +153,21 @@ class Networks:
         self._schedule = models.low_res_schedule
         self._text = models.text
         self._unet = models.unet
-        self._vae = models.video_vae if settings.video_vae else models.vae
+        self._vae = models.tiny_vae if settings.tiny_vae else models.video_vae if settings.video_vae else models.vae
+        if self._vae is None and settings.tiny_vae:
+            raise ValueError("tiny_vae must be False for this model: it has no folder vae_tiny")
         if self._vae is None:
             has = "video" if models.video_vae is not None else "image"
             raise ValueError(f"video_vae must be {not settings.video_vae} for this model: it has only the {has} VAE")
         self._decoder_dtype = decoder_dtype(settings.dtype)
         self._unet.to(self.device)
         self._vae.to(self.device)
+        self._stream = None if self.device.type == "cpu" else torch.cuda.Stream(self.device)
+        self._call, self._decoder = self._unet, self._vae.decode
+        if settings.compile != "none":
+            self._call, self._decoder = (
+                compiled(network, settings.compile, self.device) for network in (self._call, self._decoder)
+            )
         self._flow = RAFT(models.raft_network().to(self.device)) if settings.flow == "raft" else DIS()
         self._contexts: OrderedDict[tuple[str, bool], object] = OrderedDict()
         self.digest = "|".join(
@@ -146,9 +179,11 @@ class Networks:
         for prompt in (*prompts, self.settings.negative_prompt):
             self.worker.run(functools.partial(self._text.encode, prompt))
 
-    def arithmetic(self) -> contextlib.AbstractContextManager[None]:
-        """The context in which everything of this class, and of the engine, is to run."""
-        return exact_arithmetic(self.settings.threads)
+    @contextlib.contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """The context in which everything of this class, and of the engine, is to run: on a GPU a stream of its own."""
+        with exact_arithmetic(self.settings.threads), torch.cuda.stream(self._stream):
+            yield
 
     def noise(self, stream: str, frame: int, shape: tuple[int, ...]) -> Tensor:
         """Noise of a frame, float32 `shape`; `stream` as in `noise.STREAMS`."""
@@ -194,9 +229,9 @@ class Networks:
         self, sample: Tensor, low_res: Tensor, timestep: int, context: object, guided: bool, frames: Sequence[int]
     ) -> Tensor:
         batch = 2 if guided else 1
-        pair = [x.to(self.device, self.dtype).expand(batch, -1, -1, -1, -1) for x in (sample, low_res)]
-        label = torch.full((batch,), self.settings.noise_level, device=self.device)
-        v = self._run(self._unet, pair[0], timestep, pair[1], context, label, frames=frames).float().cpu()
+        pair = [self._sent(x, self.dtype).expand(batch, -1, -1, -1, -1) for x in (sample, low_res)]
+        time, label = (torch.full((1,), n, device=self.device) for n in (timestep, self.settings.noise_level))
+        v = self._run(self._call, pair[0], time, pair[1], context, label, frames=frames).float().cpu()
         if guided:
             negative, positive = v.split(1)
             v = negative + self.settings.guidance_scale * (positive - negative)
@@ -222,11 +257,11 @@ class Networks:
     def _decode(self, z: Tensor, low_res: Tensor, frames: Sequence[int]) -> Tensor:
         height, width = z.shape[-2:]
         rows = band_rows(height, width, self.settings.tile)
-        banded = (
-            None if rows == height else BandedDecoder(self._vae.decoder, rows, self._home(len(frames), height, width))
-        )
-        z, low_res = z.to(self.device, self._decoder_dtype), low_res.to(self.device)
-        decoded = self._run(functools.partial(self._vae.decode, decoder=banded), z, low_res, frames=frames)
+        decode = self._decoder
+        if rows < height and not self.settings.tiny_vae:  # the tiny one sees frame by frame, which is little
+            banded = BandedDecoder(self._vae.decoder, rows, self._home(len(frames), height, width))
+            decode = functools.partial(self._vae.decode, decoder=banded)
+        decoded = self._run(decode, self._sent(z, self._decoder_dtype), self._sent(low_res), frames=frames)
         return decoded[0].transpose(0, 1).float().cpu()
 
     def _home(self, count: int, height: int, width: int) -> torch.device:
@@ -237,6 +272,11 @@ class Networks:
         channels = max(config.block_out_channels[:2])
         largest = 16 * height * width // config.unshuffle**2 * count * channels * self._decoder_dtype.itemsize
         return self.device if 8 * largest <= device_memory(self.settings.device) else torch.device("cpu")
+
+    def _sent(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """x on the device, through pinned memory where that is another one."""
+        x = x if dtype is None else x.to(dtype)
+        return x if self.device.type == "cpu" else x.pin_memory().to(self.device, non_blocking=True)
 
     def _run(self, network, *inputs, frames: Sequence[int]) -> Tensor:
         """Call `network` and refuse what is not finite."""
@@ -314,7 +354,7 @@ def shared_models(model: str | Path | None, device: str, dtype: str) -> Models:
     with _models_lock:
         if key not in _models or _models[key][0] != stamp:
             models = load(folder, TORCH_DTYPES[dtype], decoder_dtype(dtype))
-            for network in (models.unet, models.vae, models.video_vae):
+            for network in (models.unet, models.vae, models.video_vae, models.tiny_vae):
                 if network is not None:
                     lay_out(network)
             _models[key] = (stamp, models)

@@ -13,6 +13,7 @@ SOLVERS = ("ddim", "dpm++2m", "unipc")
 SPACINGS = ("leading", "trailing")
 FLOWS = ("auto", "dis", "raft")
 COLOR_FIXES = ("none", "adain", "wavelet")
+COMPILE = ("none", "kernels", "graphs")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -42,7 +43,17 @@ FALLBACK: dict[str, Any] = {
 }  # fmt: skip
 
 NOT_IN_DIGEST = frozenset(
-    {"prompts", "device", "threads", "video_vae", "color_fix", "scene_detect", "scene_threshold", "max_shot"}
+    {
+        "prompts",
+        "device",
+        "threads",
+        "video_vae",
+        "tiny_vae",
+        "color_fix",
+        "scene_detect",
+        "scene_threshold",
+        "max_shot",
+    }
 )
 """Prompts and cuts are keyed frame by frame, device and threads with the networks; the decoder comes after latents."""
 
@@ -67,6 +78,7 @@ class Settings:
     propagation_radius: int = 16
     flow: str = "dis"
     video_vae: bool = True
+    tiny_vae: bool = False
     color_fix: str = "none"
     scene_detect: bool = True
     scene_threshold: float = 0.1
@@ -77,6 +89,7 @@ class Settings:
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 1
+    compile: str = "none"
 
     def digest(self) -> str:
         """Hexadecimal digest of the fields that decide a latent, the same in every process."""
@@ -141,6 +154,8 @@ def check(settings: Settings) -> Settings:
         "dtype": _choice("dtype", s.dtype, DTYPES),
         "threads": _integer("threads", s.threads, 1, 1024),
         "video_vae": _boolean("video_vae", s.video_vae),
+        "tiny_vae": _boolean("tiny_vae", s.tiny_vae),
+        "compile": _choice("compile", s.compile, COMPILE),
         "scene_detect": _boolean("scene_detect", s.scene_detect),
     }
     interval = s.guidance_interval
