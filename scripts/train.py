@@ -9,6 +9,9 @@
     vae_video  the decoder with its 3-D layers, on clips and latents of the sampler
     vae_image  the plain decoder, on stills and latents of the sampler
 
+A stage of the configuration may have any name where its "as" says which of these it is (`settle` of mini.json is a
+second `fewstep`).
+
 A step is a pure function of the weights, the optimizer and the step's number: the batch and all noise are seeded by
 (seed, stage, step, process). So a run that is stopped and resumed gives the same bits as one that was not. Runs on one
 CPU thread or, through `accelerate launch`, on many GPUs.
@@ -56,7 +59,7 @@ NETWORKS = ("unet", "vae", "vae_video")
 LEVELS = (0, 20, 60, 120, 200)
 """The noise levels trained. Each level has its own row in the class table; the rows between are interpolated."""
 OFTEN = (0.45, 0.25, 0.1, 0.1, 0.1)
-PIXELS, PERCEPT = (2.5, 1.0, 1.0, 1.0, 1.0), (0.2, 0.8, 0.9, 1.1, 1.4)
+PIXELS, PERCEPT = (3.0, 1.0, 1.0, 1.0, 1.0), (0.05, 0.8, 0.9, 1.1, 1.4)
 """How often each is trained, and what an error of pixels and of perception weighs there: a knob needs clear ends."""
 
 
@@ -154,10 +157,12 @@ class Learner(nn.Module):
         new = [n for n in video if "_3d." in n]
         flat = [n for n in video if n not in new]
         time_ = {f"unet.{name}" for name in temporal_parameters(self.unet)}
+        levels = ["unet.class_embedding.weight"]
+        spatial = [n for n in only("unet.") if n not in time_ and n not in levels]
         groups = {
             "vae": {"encoder": only("vae.encoder.", "vae.quant_conv."), "decoder": flat},
-            "unet": {"unet": [n for n in only("unet.") if n not in time_]},
-            "fewstep": {"unet": [n for n in only("unet.") if n not in time_], "decoder": flat},
+            "unet": {"unet": spatial, "levels": levels},
+            "fewstep": {"unet": spatial, "levels": levels, "decoder": flat},
             "temporal": {"unet": sorted(time_), "decoder": flat, "new": new},
             "vae_video": {"decoder": flat, "new": new},
             "vae_image": {"decoder": plain},
@@ -377,7 +382,10 @@ def train(
     worker_core: int | None = None,
 ) -> Path:  # fmt: skip
     """Run a stage (until step `stop` if given); returns the file of its averaged weights, OUT/STAGE.pt."""
-    stage = {**config["stages"][name], **({"steps": steps} if steps else {})}
+    stages = config["stages"]
+    if name not in stages or stages[name].get("as", name) not in STAGES:
+        raise ValueError(f"train: stage must be one of {', '.join(stages)}, got {name!r}")
+    stage = {**stages[name], **({"steps": steps} if steps else {})}
     accelerator = Accelerator(mixed_precision=config.get("precision", "bf16"), cpu=not torch.cuda.is_available())
     networks = build(config)
     before = init or next((out / f"{s}.pt" for s in stage.get("after", []) if (out / f"{s}.pt").exists()), None)
@@ -388,7 +396,7 @@ def train(
         networks,
         Schedule.from_config(config["scheduler"]),
         stage,
-        name,
+        stage.get("as", name),
         torch.stack([states[p] for p in PROMPTS]),
         torch.from_numpy(np.load(data / "basis.npy")),
     )
@@ -400,7 +408,7 @@ def train(
         p.requires_grad_(True)
     lay_out(learner)
     speed_up(learner)
-    if name != "unet" and config.get("stlpips") is not False:
+    if learner.name != "unet" and config.get("stlpips") is not False:
         learner.perceptual.append(STLPIPS(config.get("stlpips") or data / "packages").to(accelerator.device))
     optimizer = torch.optim.AdamW(
         [{"params": [parameters[n] for n in names], "base": stage["rates"][g]} for g, names in groups.items()],
@@ -511,7 +519,7 @@ def curves(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train one stage of a model.")
-    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("stage", help="one of the configuration's stages")
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("mini.json"))
     parser.add_argument("--data", type=Path, default=Path("data"), help="what make_data.py wrote")
     parser.add_argument("--out", type=Path, default=Path("runs/mini"))

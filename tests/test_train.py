@@ -28,8 +28,10 @@ def config() -> dict:
         "model": {"defaults": toy.DEFAULTS, "presets": toy.PRESETS},
         "stages": {
             "vae": {**stills, "rates": {"encoder": 1e-3, "decoder": 1e-3}},
-            "unet": {**stills, "looks": 0.5, "rates": {"unet": 1e-3}},
-            "fewstep": {**stills, "decode": 4, "after": ["unet"], "rates": {"unet": 1e-3, "decoder": 1e-3}},
+            "unet": {**stills, "looks": 0.5, "rates": {"unet": 1e-3, "levels": 1e-3}},
+            "fewstep": {
+                **stills, "decode": 4, "after": ["unet"], "rates": {"unet": 1e-3, "levels": 1e-3, "decoder": 1e-3}
+            },
             "temporal": {**clips, "decode": 4, "after": ["fewstep", "unet"], "rates": {"unet": 1e-3}},
             "vae_video": {**clips, "after": ["temporal", "unet"], "rates": {"decoder": 1e-3, "new": 1e-3}},
             "vae_image": {**stills, "after": ["unet"], "rates": {"decoder": 1e-3}},
@@ -100,6 +102,17 @@ def test_the_decoder_is_frozen_at_first(data, tmp_path):
     name = "decoder.conv_in.weight"
     assert torch.equal(half[f"vae_video.{name}"], start[name])
     assert not torch.equal(full[f"vae_video.{name}"], start[name])
+
+
+def test_a_stage_may_have_a_name_of_its_own(data, tmp_path):
+    settings = config()
+    settings["stages"]["settle"] = {**settings["stages"]["fewstep"], "as": "fewstep"}
+    named, plain = (weights(train(s, settings, data, tmp_path / s, steps=1)) for s in ("settle", "fewstep"))
+    assert any(not torch.equal(named[name], plain[name]) for name in named)  # other batches, the same losses
+    for name, kind in (("polish", None), ("settle", "polish")):
+        settings["stages"]["settle"]["as"] = kind
+        with pytest.raises(ValueError, match=f"train: stage must be one of vae, .*, settle, got '{name}'"):
+            train(name, settings, data, tmp_path)
 
 
 def test_the_quick_layers_are_the_same_functions():
