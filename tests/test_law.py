@@ -103,18 +103,19 @@ def test_the_law_on_a_real_network(forks, model, order, threads, budget, process
 @pytest.mark.long
 @pytest.mark.parametrize(("order", "threads", "budget", "process"), MATRIX)
 @pytest.mark.parametrize("kind", ["fake", "bundled"])
-def test_the_whole_matrix(kind, order, threads, budget, process):
-    """As above, all of it, in processes started from nothing, and on the bundled model."""
-    kind, length = ("fake", 90) if kind == "fake" else ("model", 24)
-    if process == "same":
-        got = case(kind, order, threads, budget, "", length)
-    else:
-        arguments = [kind, order, str(threads), budget, "", str(length)]
-        command = [sys.executable, str(Path(__file__).with_name("clips.py")), *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-        got = {int(n): value for n, value in json.loads(output).items()}
-    assert {n: expected(kind, "", length)[n] for n in got} == got
+def test_the_whole_matrix(forks, kind, order, threads, budget, process):
+    """As above, all of it, longer clips, and on the bundled model."""
+    holds(*(("fake", "", 90) if kind == "fake" else ("model", "", 24)), forks, order, threads, budget, process)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "length"), [("fake", 90), ("model", 24)])
+def test_a_process_started_from_nothing(kind, length):
+    arguments = [kind, "random", "8", "tiny", "", str(length)]
+    command = [sys.executable, str(Path(__file__).with_name("clips.py")), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    assert {int(n): value for n, value in json.loads(output).items()} == expected(kind, "", length)
 
 
 def fake_clip(length: int = 36, budget: int = 1 << 30, settings: Settings | None = None, **options):

@@ -55,11 +55,11 @@ def test_a_short_clip_and_one_four_times_as_long():
 
 
 @pytest.mark.long
-def test_two_hundred_to_twenty_thousand_frames():
+def test_two_hundred_to_twenty_thousand_frames(record_property):
     """One store, one set of records, and the same peak within 5 %."""
     peaks = {}
     for length in (200, 2000, 20000):
         peaks[length], calls = measured(length)
         assert calls <= 3 * (-(-length // 6) + 1)
-    print({length: f"{value / 2**20:.1f} MiB" for length, value in peaks.items()})
+    record_property("peak resident MiB by frames", {n: round(value / 2**20, 1) for n, value in peaks.items()})
     assert max(peaks.values()) <= 1.05 * min(peaks.values())
