@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import vapoursynth as vs
-from make_picture import CROP, FRAME, HERE, SAMPLE, pictures, sheet
+from make_picture import FRAME, HERE, SAMPLE, pictures, sheet
 from PIL import Image
 
 from vsuav import upscale
@@ -23,10 +23,10 @@ from vsuav.metrics import color_drift, high_frequency_energy, temporal_profile, 
 from vsuav.video import open_video
 
 PAGE = HERE.parent / "docs" / "knobs.md"
-AROUND = 9
+AROUND = 7
 """Frames on each side of `FRAME` that strips of one frame restore with it."""
-MIDDLE = (16, 12, 64, 48)
-"""What the strips show of the crop: left, top, width, height in input pixels."""
+CROP = (96, 28, 64, 48)
+"""What the strips restore and show of the clip: left, top, width, height in input pixels."""
 PROMPTS = ("glass towers at night, sharp windows", "an oil painting, thick brush strokes", "fog, soft, out of focus")
 
 
@@ -60,10 +60,10 @@ def variants(settings: dict[str, dict]) -> Callable[[vs.VideoNode], Strip]:
 
     def make(source: vs.VideoNode) -> Strip:
         source = source[FRAME - AROUND : FRAME + AROUND]
-        low = tensor(pictures(source, [AROUND], MIDDLE)[0])
+        low = tensor(pictures(source, [AROUND], (0, 0, source.width, source.height))[0])
         enlarged = source.resize.Bicubic(4 * source.width, 4 * source.height)
         clips = {"bicubic": enlarged} | {name: upscale(source, **given) for name, given in settings.items()}
-        area = tuple(4 * side for side in MIDDLE)
+        area = (0, 0, enlarged.width, enlarged.height)
         panels = {name: pictures(clip, [AROUND], area)[0] for name, clip in clips.items()}
         plain = tensor(panels["bicubic"])
         rows = {}
@@ -98,9 +98,9 @@ def propagation(source: vs.VideoNode) -> Strip:
 
 STRIPS: dict[str, Callable[[vs.VideoNode], Strip]] = {
     "noise-level": variants({f"noise_level={n}": {"noise_level": n} for n in (0, 30, 60, 120, 200)}),
-    "steps": variants({f"steps={n}": {"steps": n, "propagation_steps": []} for n in (1, 2, 4, 8, 16)}),
+    "steps": variants({f"steps={n}": {"steps": n, "propagation_steps": []} for n in (1, 2, 3, 5, 8)}),
     "guidance": variants(
-        {f"guidance_scale={g}": {"guidance_scale": g, "prompt": PROMPTS[0]} for g in (1.0, 2.0, 4.0, 8.0, 12.0)}
+        {f"guidance_scale={g}": {"guidance_scale": g, "prompt": PROMPTS[0]} for g in (1.0, 1.5, 2.0, 4.0, 8.0)}
     ),
     "prompts": variants({f'"{text}"': {"prompt": text, "guidance_scale": 4.0} for text in ("", *PROMPTS)}),
     "color-fix": variants({f'color_fix="{name}"': {"color_fix": name} for name in ("none", "adain", "wavelet")}),

@@ -86,6 +86,22 @@ def test_examples_run(script, given, frames, size, clip, model):
     assert all(plane.std() > 0 for plane in planes[:1])
 
 
+@pytest.mark.skipif(hasattr(vs.core, "vivtc"), reason="vapoursynth-vivtc is installed")
+def test_telecined_film_names_the_plugin_it_needs(clip, model):
+    with pytest.raises(AttributeError, match="No attribute with the name vivtc exists"):
+        evaluate("old-film.vpy", input=str(clip), model=str(model), field="telecine")
+
+
+@pytest.mark.skipif(not hasattr(vs.core, "vivtc"), reason="vapoursynth-vivtc is not installed")
+def test_telecined_film_gets_its_frames_back(model, tmp_path):
+    telecined = ["-vf", "telecine=pattern=23", "-c:v", "libx264", "-flags", "+ilme+ildct", "-crf", "5"]
+    source = film(tmp_path / "film.mkv", "-r", "30000/1001", *telecined, "-pix_fmt", "yuv420p", "-frames:v", "20")
+    result = evaluate("old-film.vpy", input=str(source), model=str(model), field="telecine")
+    told = vs.core.bs.VideoSource(str(source)).num_frames
+    assert result.num_frames == -(-4 * told // 5)
+    assert result.get_frame(3).props["_FieldBased"] == 0
+
+
 def test_grain_depends_on_the_frame_alone(clip, model):
     def shown(order):
         result = evaluate("old-film.vpy", input=str(clip), model=str(model))
