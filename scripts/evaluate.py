@@ -72,13 +72,14 @@ from torch import Tensor
 
 from vsuav.flow import DIS
 from vsuav.metrics import high_frequency_energy, psnr_y, ssim_y, temporal_profile, warping_error
+from vsuav.networks import auto_dtype
 
 TABLES = ("main", "crops", "natural", "ablation", "text", "noise")
 MAIN = (*INTERPOLATORS, "SPAN", "animevideov3", "frame by frame", "fidelity", "default", "1 step", "latents zeroed")
 CROPS = ("bicubic", "SPAN", "animevideov3", "x4plus", "fidelity", "default")
 NATURAL = ("bicubic", "SPAN", "animevideov3", "frame by frame", "fidelity", "default")
 BORDER = 4
-KEPT = 10
+KEPT = 20
 """Degraded clips that the tables after the main one choose from."""
 
 
@@ -144,7 +145,7 @@ class Judge:
     def _distance(self, result: Tensor, truth: Tensor) -> float:
         """Mean stLPIPS of the first, the middle and, of an odd number of frames, the last one."""
         every = max(1, len(truth) // 2)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=auto_dtype("auto", "cpu") == "bfloat16"):
             if self._wanted[0] is not truth:
                 self._wanted = (truth, [self.percept.features(x[None] * 2 - 1) for x in truth[::every]])
             found = [self.percept.features(x[None] * 2 - 1) for x in result[::every]]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import vapoursynth as vs
 from baselines import NETWORKS, baseline
-from evaluate_clips import have
+from evaluate_clips import have, say
 from make_data import Package
 from torch import Tensor
 
@@ -24,8 +24,8 @@ from vsuav.shots import Record, Shots
 from vsuav.unet import set_temporal
 
 Row = Callable[[Tensor], Tensor]
-ZNEDI3 = Package("vapoursynth-znedi3", "pip", "vapoursynth_znedi3-*.whl", "evaluation", "GPL-2.0", None)
-VSZIP = Package("vapoursynth-vszip", "pip", "vapoursynth_vszip-*.whl", "evaluation", "MIT", None)
+ZNEDI3 = Package("vapoursynth-znedi3", "pip", "vapoursynth_znedi3-*.whl", "evaluation", "GPL-2.0", "3.3")
+VSZIP = Package("vapoursynth-vszip", "pip", "vapoursynth_vszip-*.whl", "evaluation", "MIT", "23.1.0")
 INTERPOLATORS = ("bicubic", "lanczos", "znedi3")
 ALONE = {"temporal": False, "propagation_steps": [], "alone": True}
 
@@ -107,7 +107,11 @@ def plugin(package: Package, namespace: str, library: str, folder: Path, offline
     if not target.is_dir():
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(target, [n for n in archive.namelist() if n.startswith("vapoursynth/plugins/")])
-    vs.core.std.LoadPlugin(str(target.resolve() / "vapoursynth" / "plugins" / library))
+    try:
+        vs.core.std.LoadPlugin(str(target.resolve() / "vapoursynth" / "plugins" / library))
+    except vs.Error as error:
+        say(f"{what} left out: {error}")
+        return False
     return True
 
 

