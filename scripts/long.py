@@ -40,7 +40,8 @@ def run(path: Path, arguments: list[str]) -> ET.Element:
     """The report of the long tests of one file."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", str(path), "-m", "long", f"--junitxml={report}", *arguments]
+        command = [sys.executable, "-m", "pytest", str(path), "-m", "long", f"--junitxml={report}"]
+        command += ["-o", "junit_family=xunit1", *arguments]
         subprocess.run(command, cwd=ROOT, check=False)
         return ET.parse(report).getroot()
 
