@@ -197,7 +197,8 @@ def info(
 ) -> None:
     """Say what is installed, which devices and models there are, and what a video will cost.
 
-    The time is measured: the networks run a few times on frames of the video's size.
+    The time is measured: the networks run a few times on noise of the video's size; where that would take minutes on a
+    CPU, on two smaller sizes, from which it is extended.
     """
     with reported(verbose):
         from vsuav import commands, info, video
