@@ -1,11 +1,13 @@
 #!/usr/bin/env python
 """Measure vsuav on this machine's CPU: networks, what surrounds them, whole clips, memory; a JSON file and tables.
 
-    python scripts/bench.py                                 everything, about a quarter of an hour on two cores
+    python scripts/bench.py                                 everything, about ten minutes on two cores
     python scripts/bench.py --quick                         the same in a minute or two, at small sizes
-    python scripts/bench.py --law                           also how far bfloat16 and tiles move the result
+    python scripts/bench.py --law                           also how far bfloat16 and tiles move the result, and what
+                                                            presets, solvers and guidance cost in quality
     python scripts/bench.py --markdown docs/speed.md        also write the tables into a page
         [--only SECTION,…] [--size WxH …] [--threads N] [--model FOLDER] [--repeat N] [--budget SECONDS] [--json FILE]
+        [--packages FOLDER]
 
 What is compared is measured in turns in one run, and the least and the median are given. A network's flops are those
 of its plain version (scripts/plain.py); its share of the roofline is the time of its products, each alone at the best
@@ -25,8 +27,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench_clips import differences, overhead, parts, peak, whole
+from bench_clips import before, overhead, parts, peak, whole
 from bench_networks import Call, Roofline, Timing, largest, products, race
+from bench_quality import differences, quality
 from export import export
 from plain import PlainDecoder, PlainUNet
 from safetensors.torch import save_file
@@ -61,10 +64,17 @@ TABLES = {
          "frames/s": "{rate:.2f}", "compared": "{compared}"},
     ),
     "memory": ("Memory", {"what": "{what}", "input": "{input}", "MiB": "{mib:.0f}"}),
+    "quality": (
+        "What speed costs",
+        {"what": "{what}", "U-Net calls a window": "{calls}", "ms a frame": "{ms:.1f}", "PSNR-Y": "{psnr_y:.2f}",
+         "stLPIPS-vgg": "{stlpips:.4f}", "E_warp": "{flicker:.3f}", "PSNR to 4 steps": "{few:.1f}",
+         "to many steps": "{many:.1f}"},
+    ),
     "law": ("How results differ", {"what": "{what}", "value": "{value:.3f}"}),
 }  # fmt: skip
 """Section of the results -> its title, and its columns: how they are made from a row of the JSON file."""
 SECTIONS = ("bundled", "released", "parts", "clips", "memory")
+ALSO = ("law", "quality")
 
 
 class Bench:
@@ -165,6 +175,10 @@ class Bench:
                 yield self.clip(f"{what}, no network" if "resize" not in what else what, size, taken, compared)
             for dtype, taken in real.items():
                 yield self.clip(f"upscale, default preset, {dtype}", size, taken, "")
+            if size == options.size[0]:
+                plain = before(self.model, size, options.threads, 6)
+                compared = f"{plain.least / real[usual].least:.2f} x {usual}"
+                yield self.clip("engine, networks the plain way, float32", size, plain, compared)
 
     def clip(self, what: str, size: tuple[int, int], taken: Timing, compared: str) -> dict:
         rate = 1 / taken.least
@@ -187,11 +201,16 @@ class Bench:
                 yield {"what": f"GPU, predicted, {name}, {what}", "input": "{}x{}".format(*FULL_HD),
                        "mib": needed / 2**20}  # fmt: skip
 
-    def law(self) -> list[dict]:
-        rows: list[dict] = []
-        length = 6 if self.options.quick else 12
-        differences(self.model, self.options.threads, length, lambda what, x: rows.append({"what": what, "value": x}))
-        return rows
+    def law(self) -> Iterator[dict]:
+        options = self.options
+        length = 6 if options.quick else 12
+        for what, value in differences(self.model, options.threads, length, options.packages):
+            yield {"what": what, "value": value}
+
+    def quality(self) -> Iterator[dict]:
+        options = self.options
+        length, most = (6, 6) if options.quick else (24, 30)
+        yield from quality(self.model, options.threads, length, most, options.packages)
 
     def settings(self, size: tuple[int, int]):
         return choose({"model": self.model, "threads": self.options.threads, "device": "cpu"}, *size)[1]
@@ -200,7 +219,7 @@ class Bench:
 def predicted(unet: UNetConfig, vae: VAEConfig | None, dtype: torch.dtype, width: int, height: int) -> Iterator[tuple]:
     """What weights and activations take on a GPU: a guided window in `dtype`, a chunk decoded in float32."""
     with torch.device("meta"):
-        network = UNetVideo(unet).to(dtype)
+        network = UNetVideo(unet).to("meta", dtype)
         network.embed = lambda *_: torch.empty(1, 4 * unet.block_out_channels[0], dtype=dtype)  # it checks values
         text = network.prepare(torch.empty(2, 77, unet.cross_attention_dim))
         x, low = (torch.empty(2, c, WINDOW, height, width, dtype=dtype) for c in (4, 3))
@@ -302,25 +321,28 @@ def fill(page: str, tables: str) -> str:
 def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, few repetitions")
-    parser.add_argument("--law", action="store_true", help="also measure how far bfloat16 and tiles move the result")
-    parser.add_argument("--only", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}; default: all")
+    parser.add_argument("--law", action="store_true", help="also the sections law and quality")
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)} (all); {', '.join(ALSO)}")
     parser.add_argument("--size", action="append", metavar="WxH", help="input size; default: 160x120 and 320x240")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: one a core")
     parser.add_argument("--model", type=Path, help="default: the bundled model")
     parser.add_argument("--repeat", type=int, help="rounds after the first (default 10, quick 2)")
-    parser.add_argument("--budget", type=float, help="seconds after which a comparison ends (default 40, quick 5)")
+    parser.add_argument("--budget", type=float, help="seconds after which a comparison ends (default 25, quick 5)")
+    parser.add_argument(
+        "--packages", type=Path, default=Path("data/packages"), help="where stLPIPS's wheel lies, if at all"
+    )
     parser.add_argument("--json", type=Path, default=Path("build/bench.json"), help="default: build/bench.json")
     parser.add_argument("--markdown", type=Path, help="page to write the tables into, between its two marks")
     options = parser.parse_args(given)
     options.only = [name for name in options.only.split(",") if name]
-    if unknown := set(options.only) - set(SECTIONS):
-        parser.error(f"--only: unknown section {', '.join(sorted(unknown))}; known: {', '.join(SECTIONS)}")
+    if unknown := set(options.only) - {*SECTIONS, *ALSO}:
+        parser.error(f"--only: unknown section {', '.join(sorted(unknown))}; known: {', '.join((*SECTIONS, *ALSO))}")
     sizes = options.size or (["48x32"] if options.quick else ["160x120", "320x240"])
     if bad := [size for size in sizes if not re.fullmatch(r"\d+x\d+", size)]:
         parser.error(f"--size must look like 160x120, got {bad[0]}")
     options.size = [tuple(map(int, size.split("x"))) for size in sizes]
     options.repeat = options.repeat or (2 if options.quick else 10)
-    options.budget = options.budget or (5.0 if options.quick else 40.0)
+    options.budget = options.budget or (5.0 if options.quick else 25.0)
     if options.markdown:
         fill(options.markdown.read_text(), "")
     return options
@@ -332,7 +354,7 @@ def main(given: list[str] | None = None) -> dict:
         trained = options.model or bundled()
         bench = Bench(options, trained or random_model(Path(temporary)))
         results = {"machine": machine(options.threads, trained), "tables": {}}
-        for section in [*options.only, *(["law"] if options.law else [])]:
+        for section in [*options.only, *(name for name in ALSO if options.law and name not in options.only)]:
             rows = list(getattr(bench, section)())
             table = "networks" if section in ("bundled", "released") else section
             results["tables"].setdefault(table, []).extend(rows)

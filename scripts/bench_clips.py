@@ -1,25 +1,26 @@
-"""What surrounds the networks, and whole clips: parts, overhead, frames a second, memory, and how results differ."""
+"""What surrounds the networks, and whole clips: parts, overhead, frames a second, memory."""
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from math import log10
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import vapoursynth as vs
 from bench_networks import Call, Timing, race
 from degrade import read_video
+from plain import PlainDecoder, PlainUNet
 from torch import Tensor
 
 from vsuav import color, frames, upscale
-from vsuav.engine import Engine, restore
+from vsuav.checkpoint import Models
+from vsuav.engine import restore
 from vsuav.flow import DIS
-from vsuav.metrics import psnr_y
 from vsuav.networks import Networks, choose, exact_arithmetic
 from vsuav.noise import frame_noise
 from vsuav.plan import BLOCK, Recipe, plan_block
@@ -159,7 +160,7 @@ def overhead(size: Size, settings: Settings, length: int, repeat: int, budget: f
         )
     with vapoursynth_threads(settings.threads):
         times = race(calls, repeat, budget)
-    return {name: Timing(taken.least / length, taken.median / length) for name, taken in times.items()}
+    return {name: taken.of(length) for name, taken in times.items()}
 
 
 def _restored(source: vs.VideoNode, networks: Nothing) -> vs.VideoNode:
@@ -178,7 +179,27 @@ def whole(
         upscale(source[:BLOCK], model, dtype=dtype, threads=threads).get_frame(0)
     with vapoursynth_threads(threads):
         times = race({dtype: lambda made=made: drain(made()) for dtype, made in build.items()}, repeat, budget, least=1)
-    return {dtype: Timing(taken.least / length, taken.median / length) for dtype, taken in times.items()}
+    return {dtype: taken.of(length) for dtype, taken in times.items()}
+
+
+def before(model: Path, size: Size, threads: int, length: int) -> Timing:
+    """Seconds a frame of the engine with the same networks written the plain way (scripts/plain.py), in float32."""
+    models, settings = choose({"model": model, "dtype": "float32", "threads": threads, "device": "cpu"}, *size)
+    vae = models.video_vae if settings.video_vae else models.vae
+    networks = Plain(models, settings, PlainUNet(models.unet.config, models.unet.state_dict()),
+                     PlainDecoder(vae.config, vae.state_dict()))  # fmt: skip
+    clip = sample(length, size)
+    return race({"plain": lambda: restore(clip, networks)}, 1, 0.0, least=1)["plain"].of(length)
+
+
+class Plain(Networks):
+    """Networks that are called the plain way; the text's keys are computed in every call."""
+
+    def __init__(self, models: Models, settings: Settings, unet: PlainUNet, decoder: PlainDecoder):
+        super().__init__(models, settings)
+        self._unet = SimpleNamespace(prepare=lambda states: states)
+        self._call = unet
+        self._decoder = decoder
 
 
 def peak(model: Path, size: Size, dtype: str, threads: int, length: int) -> dict[str, int]:
@@ -216,26 +237,3 @@ def seam(pictures: Tensor, size: Size, tile: Size, overlap: int) -> float:
         for place, step in enumerate(steps.tolist(), 1):
             (across if place in ends else elsewhere).append(step)
     return (sum(across) / len(across)) / (sum(elsewhere) / len(elsewhere))
-
-
-def differences(model: Path, threads: int, length: int, report: Callable[[str, float], None]) -> None:
-    """How far results of the sample clip lie apart: bfloat16 from float32, tiled from whole."""
-    clip = sample(length)
-    size = clip.shape[-1], clip.shape[-2]
-    given = {"model": model, "dtype": "float32", "threads": threads, "tile": 0}
-    models, settings = choose(given, *size)
-    networks = Networks(models, settings)
-    exact = restore(clip, networks)
-    coarse = restore(clip, Networks(*choose({**given, "dtype": "bfloat16"}, *size)))
-    report("PSNR of bfloat16 against float32, dB", psnr(coarse, exact))
-    report("PSNR-Y of bfloat16 against float32, dB", psnr_y(coarse, exact))
-    tile = tuple(side * 5 // 8 // 8 * 8 for side in size)
-    tiled = Networks(models, replace(settings, tile=tile))
-    cut = restore(clip, tiled)
-    report(f"PSNR of tiles of {tile[0]}x{tile[1]} against whole frames, dB", psnr(cut, exact))
-    latents = Engine(networks, Store(1 << 40)).latents(range(CHUNK), Shots(length), dict(enumerate(clip)))
-    with networks.arithmetic():
-        first = [n.decode(range(CHUNK), latents, list(clip[:CHUNK])) for n in (tiled, networks)]
-    report("the same, only the decoder tiled, dB", psnr(*first))
-    ratios = [seam(pictures, size, tile, settings.tile_overlap) for pictures in (cut, exact)]
-    report("gradient across tile borders over elsewhere, tiled / whole", ratios[0] / ratios[1])

@@ -86,7 +86,7 @@ def test_products_are_counted():
     }
     with torch.device("meta"):
         unet = UNetVideo(UNetConfig.from_dict(LEVELS))
-        plain = PlainUNet(unet.config, unet.state_dict())
+        plain = PlainUNet(unet.config, bench.on_meta(unet.state_dict()))
         sample, low_res, text = torch.empty(1, 4, 8, 9, 12), torch.empty(1, 3, 8, 9, 12), torch.empty(1, 6, 64)
         inputs = sample, torch.empty(1), low_res, text, torch.empty(1, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -213,7 +213,7 @@ def test_the_command_writes_what_it_measured(results):
     assert written == json.loads(json.dumps(returned))
     assert page.startswith(f"# Speed\n\nBefore.\n\n{bench.BEGIN}\n") and page.endswith(f"{bench.END}\n\nAfter.\n")
     assert "\nold\n" not in page and returned["machine"]["cpu"] in page
-    assert returned["tables"].keys() == {"networks", "parts", "clips", "law"}
+    assert returned["tables"].keys() == {"networks", "parts", "clips", "law", "quality"}
     for section, rows in returned["tables"].items():
         assert bench.plain_table(section, rows).count("\n") == len(rows) + 2
         for row in rows:

@@ -103,6 +103,13 @@ def test_other_decoders_are_refused(model, tmp_path, changes, said):
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 
 
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """Nothing compiled by another process is used: a killed one leaves torn files."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+
+
 def tiny() -> TinyVAE:
     torch.manual_seed(9)
     return TinyVAE(TinyConfig((8, 8, 8), (1, 0, 0))).requires_grad_(False)
@@ -110,7 +117,7 @@ def tiny() -> TinyVAE:
 
 @compiler
 @pytest.mark.long
-def test_a_compiled_network_gives_the_same_whatever_shapes_it_saw_before():
+def test_a_compiled_network_gives_the_same_whatever_shapes_it_saw_before(fresh):
     vae, sizes = tiny(), [(6, 8), (7, 9)]
     inputs = {size: torch.randn(1, 4, 1, *size) for size in sizes}
     results = []
@@ -126,7 +133,7 @@ def test_a_compiled_network_gives_the_same_whatever_shapes_it_saw_before():
 
 @compiler
 @pytest.mark.long
-def test_a_compiled_model_restores_as_an_ordinary_one(model):
+def test_a_compiled_model_restores_as_an_ordinary_one(model, fresh):
     low_res = list(torch.rand(3, 3, 20, 24) * 2 - 1)
     latents = list(torch.randn(3, 4, 20, 24))
     plain, other = networks(model), networks(model, compile="kernels")

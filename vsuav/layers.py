@@ -76,13 +76,14 @@ FUSED_DTYPES = _fused_dtypes()
 
 
 def fused(x: Tensor, weight: Tensor) -> bool:
-    """Is this inference on a CPU that has the fused layers? (They know neither gradients nor autocast.)"""
+    """Is this inference on a CPU that has the fused layers? (They know neither gradients, autocast nor compiling.)"""
     return (
         not torch.is_grad_enabled()
         and x.device.type == "cpu"
         and x.dtype == weight.dtype
         and x.dtype in FUSED_DTYPES
         and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
     )
 
 
@@ -131,7 +132,8 @@ class JointNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor, act: bool = False) -> Tensor:
         if x.device.type == "cpu" and x[0, 0].numel() > LARGE and not torch.is_grad_enabled():
-            y = torch.cat([self.large(m) for m in memory(x).split(1)]).permute(0, 3, 1, 2)
+            clips = [self.large(m) for m in memory(x).split(1)]
+            y = (clips[0] if len(clips) == 1 else torch.cat(clips)).permute(0, 3, 1, 2)
         else:
             y = torch.group_norm(timeline(x), self.num_groups, self.weight, self.bias, self.eps)
         if act:
