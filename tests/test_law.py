@@ -221,10 +221,10 @@ def test_prompts_from_properties_cut_and_reach_the_network():
     assert all(a[n] != b[n] for n in range(8, 20))
 
 
-def test_another_threads_number_of_threads_changes_no_bit(model):
-    """Rounding depends on torch's thread count; ours is a setting, whatever anyone else sets meanwhile."""
+def test_another_threads_number_of_threads_changes_no_bit():
+    """Rounding depends on torch's thread count; ours is a setting, whatever anyone else sets."""
     clip = clip_of(pixels(14, 24, 16), ())
-    options = {"model": model, "steps": 2, "dtype": "float32", "threads": 2}
+    options = {"steps": 2, "propagation_steps": [1], "dtype": "float32", "threads": 2}
     quiet = ask(upscale(clip, **options), "linear")
     stop = threading.Event()
 

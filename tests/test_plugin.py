@@ -284,6 +284,8 @@ def test_loading_a_script_of_nested_filters_computes_nothing():
     assert [each.windows for each in networks] == [[], [], []]
     got = ask(last, "random")
     assert all(each.windows for each in networks)
+    del inner, outer, last, _
+    assert living(("Restorer", "Engine", "Store", "Records")) == {}
     for prepare in (lambda c: c.std.FlipVertical().std.Crop(left=8, right=8), lambda c: c.resize.Bicubic(16, 8)):
         stored = np.stack([np.stack(planes(frame)) for frame in restored(clip, Fake(QUICK))[0].frames()])
         clip = prepare(clip_of(stored, ()))
