@@ -75,6 +75,9 @@ def follow(messages, progress: Progress) -> list[str]:
                 progress.show(int(count[1]), int(count[2]))
             elif count := re.match(r"Output (\d+) frames", line):
                 progress.show(int(count[1]), int(count[1]))
+            elif news := re.match(r"Information: upscale: (frames \d+ .*)", line):
+                if progress.first is None:  # the first frames take long; later the bar says enough
+                    print(f"  {news[1]}", file=sys.stderr, flush=True)
             elif not re.match(r"Script evaluation done|Information: VideoSource track", line):
                 said.append(line)
                 print(f"  {line}", file=sys.stderr, flush=True)
