@@ -106,7 +106,7 @@ STRIPS: dict[str, Callable[[vs.VideoNode], Strip]] = {
     "color-fix": variants({f'color_fix="{name}"': {"color_fix": name} for name in ("none", "adain", "wavelet")}),
     "propagation": propagation,
 }
-COLUMNS = {"color-fix": 2, "prompts": 2, "propagation": 4}
+COLUMNS = {"color-fix": 2, "propagation": 4}
 """Panels in a row, 3 unless said otherwise."""
 
 
