@@ -15,6 +15,7 @@ from vsuav.shots import Shots
 from vsuav.store import Store
 from vsuav.text import TextEncoder
 from vsuav.unet import TemporalModule, Transformer, UNetVideo, relative_bucket
+from vsuav.vae import VAE, VAEConfig
 
 Case = tuple[str, Callable[[Comparison], None]]
 
@@ -287,6 +288,10 @@ def raft(file: ParityFile) -> Iterator[Case]:
         yield case, lambda compare, case=case, run=run: run(compare, case)
 
 
+UNUSED = VAE(VAEConfig(block_out_channels=(8,), norm_num_groups=2, mid_block_add_attention=False))
+"""The engine wants a decoder; these cases end with latents."""
+
+
 class GivenNetworks(Networks):
     """The engine's networks with the noise and the flows of a parity case."""
 
@@ -317,7 +322,7 @@ def pipeline(file: ParityFile) -> Iterator[Case]:
         length = entry["T"]
         negative, positive = file.take("in.prompt_embeds")
         models = checkpoint.Models(
-            kind="uav", path=Path(), raft=None, defaults={}, presets={}, digest="", video_vae=None, vae=nn.Identity(),
+            kind="uav", path=Path(), raft=None, defaults={}, presets={}, digest="", video_vae=None, vae=UNUSED,
             unet=folder.network("unet"), text=TextEncoder(stored={"negative": negative, "positive": positive}),
             schedule=schedule.Schedule.from_config(file.entry("ddim_config")),
             low_res_schedule=schedule.Schedule.from_config(file.entry("low_res_config")),
