@@ -10,7 +10,7 @@
     vae_image  the plain decoder, on stills and latents of the sampler
 
 A stage of the configuration may have any name where its "as" says which of these it is (`settle` of mini.json is a
-second `fewstep`).
+second `fewstep`, `steady` a second `temporal`).
 
 A step is a pure function of the weights, the optimizer and the step's number: the batch and all noise are seeded by
 (seed, stage, step, process). So a run that is stopped and resumed gives the same bits as one that was not. Runs on one
@@ -60,7 +60,8 @@ LEVELS = (0, 20, 60, 120, 200)
 """The noise levels trained. Each level has its own row in the class table; the rows between are interpolated."""
 OFTEN = (0.45, 0.25, 0.1, 0.1, 0.1)
 PIXELS, PERCEPT = (3.0, 1.0, 1.0, 1.0, 1.0), (0.05, 0.8, 0.9, 1.1, 1.4)
-"""How often each is trained, and what an error of pixels and of perception weighs there: a knob needs clear ends."""
+"""How often each is trained, and what an error of pixels and of perception weighs there (if a stage does not say so
+itself): a knob needs clear ends."""
 
 
 def seeded(*parts: Any) -> int:
@@ -259,11 +260,14 @@ class Learner(nn.Module):
 
     def picture(self, result: Tensor, batch: dict, level: Tensor, place: float = 1.0) -> dict[str, Tensor]:
         """L1 and stLPIPS weighed by the noise level. Early steps count pixels more."""
-        weights = lambda table: torch.tensor(table, device=level.device)[torch.searchsorted(anchors, level)]  # noqa: E731
-        anchors = torch.tensor(LEVELS, device=level.device)
+        place_of = torch.searchsorted(torch.tensor(LEVELS, device=level.device), level)
+        pixels, perception = (
+            torch.tensor(self.stage.get(name, usual), device=level.device)[place_of]
+            for name, usual in (("pixels", PIXELS), ("percept", PERCEPT))
+        )
         l1 = (result - batch["hr"]).abs().flatten(1).mean(1)
         percept = self.percept(result, batch["hr"])
-        loss = (weights(PIXELS) * l1 + place * weights(PERCEPT) * percept).mean()
+        loss = (pixels * l1 + place * perception * percept).mean()
         return {"loss": loss, "l1": l1.mean(), "percept": percept.mean()}
 
     def loss_fewstep(self, batch: dict, progress: float) -> dict[str, Tensor]:
