@@ -122,8 +122,9 @@ def test_defaults_pass_their_own_check():
 
 
 def test_auto_tile_is_a_table_of_size_device_and_its_memory():
-    assert auto_tile("auto", 640, 480, "cpu") == (0, 0)
-    assert auto_tile("auto", 1920, 1080, "cpu") == (1024, 1024)
+    assert auto_tile("auto", 480, 360, "cpu") == (0, 0)
+    assert auto_tile("auto", 640, 480, "cpu") == (256, 256)
+    assert auto_tile("auto", 4000, 100, "cpu") == (256, 100)
     assert auto_tile("auto", 640, 480, "cuda:0", 48 << 30) == (480, 480)
     assert auto_tile("auto", 640, 480, "cuda:0", 24 << 30) == (352, 352)
     assert auto_tile("auto", 640, 480, "cuda:0", 80 << 30) == (0, 0)

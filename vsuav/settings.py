@@ -195,17 +195,23 @@ GPU_TILES = ((75, 704), (38, 480), (22, 352), (15, 288), (11, 224), (7, 160), (0
 """GiB a GPU has at least -> side of a tile whose activations in the released U-Net, guided, fit beside its weights."""
 
 
+CPU_WHOLE, CPU_TILE = 416 * 416, 256
+"""Pixels of a frame that a CPU still does whole, and side of the tiles of larger ones: the U-Net's attention costs the
+square of a tile's pixels, and at 256 it is a third of the bundled model's time."""
+
+
 def auto_tile(tile: Any, width: int, height: int, device: str, memory: int = 0) -> tuple[int, int]:
     """Tile size in input pixels: as given, or from a fixed table of the device, its memory and the frame size.
 
-    On a GPU frames of more pixels than a tile of `GPU_TILES` are cut, on a CPU frames of more than 1024x1024.
+    On a GPU frames of more pixels than a tile of `GPU_TILES` are cut, on a CPU frames of more than `CPU_WHOLE`.
 
     Args:
         memory: bytes that the device has in all.
     """
     if tile == "auto":
-        side = 1024 if device == "cpu" else next(side for least, side in GPU_TILES if memory >= least << 30)
-        return (0, 0) if width * height <= side * side else (min(side, width), min(side, height))
+        side = CPU_TILE if device == "cpu" else next(side for least, side in GPU_TILES if memory >= least << 30)
+        whole = CPU_WHOLE if device == "cpu" else side * side
+        return (0, 0) if width * height <= whole else (min(side, width), min(side, height))
     if isinstance(tile, int) and not isinstance(tile, bool):
         return tile, tile
     return _plain(tile)
