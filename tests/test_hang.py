@@ -3,12 +3,12 @@
 A filter that waits for frames inside a callback, or holds a lock across a request, stands still here for ever.
 """
 
-import multiprocessing
 import os
 import time
 from pathlib import Path
 
 import pytest
+from fresh import started
 
 LIMIT = 900
 """Seconds after which a process counts as hanging whatever it does; a hundred times what it takes."""
@@ -60,12 +60,7 @@ def processor_seconds(process: int) -> float:
 
 def outcome(target, threads: int) -> bool | str:
     """What `target` says in a fresh process, or ``"hangs"`` if it stands still or passes the limit."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["clips", "fakes", "vsuav.plugin"])
-    heard, said = context.Pipe(duplex=False)
-    process = context.Process(target=target, args=(threads, said))
-    process.start()
-    said.close()
+    process, heard = started(target, threads)
     began = moved = time.monotonic()
     used = 0.0
     while process.is_alive() and not heard.poll(1):

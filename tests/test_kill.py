@@ -1,12 +1,12 @@
 """An encode that is killed again and again ends with the same bytes, and makes no stored latent twice."""
 
-import multiprocessing
 import os
 import random
 import time
 from pathlib import Path
 
 import pytest
+from fresh import started
 
 LENGTH = 60
 
@@ -61,12 +61,7 @@ PHASES = ("window", "storing", "writing")
 
 def run(folder: Path, phase: str | None = None, times: int = 0, delay: float = 0) -> list[tuple]:
     """What an encode said until it was done, or killed: `delay` seconds into the `times`-th `phase`."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["clips", "fakes", "vsuav.plugin", "vsuav.disk"])
-    heard, said = context.Pipe(duplex=False)
-    process = context.Process(target=encode, args=(folder, said))
-    process.start()
-    said.close()
+    process, heard = started(encode, folder)
     words = []
     while True:
         try:

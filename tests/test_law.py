@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import toy
 import vapoursynth as vs
 from clips import BUDGETS, CUTS, ORDERS, ask, case, clip_of, digest, pixels, restored
 from fakes import Fake
+from fresh import FRESH
 
 from vsuav import upscale
 from vsuav.settings import Settings
@@ -58,16 +58,8 @@ def model(tmp_path_factory) -> Path:
     return toy.write(tmp_path_factory.mktemp("toy") / "model")
 
 
-@pytest.fixture(scope="session")
-def forks():
-    """A process that has imported everything and made nothing: its children are fresh processes, quickly."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["clips", "fakes", "vsuav.plugin"])
-    return context
-
-
-def in_fresh_process(forks, *arguments) -> dict[int, str]:
-    with forks.Pool(1) as pool:
+def in_fresh_process(*arguments) -> dict[int, str]:
+    with FRESH.Pool(1) as pool:
         return pool.apply(case, arguments)
 
 
@@ -80,32 +72,32 @@ def expected(kind: str, model: str, length: int) -> dict[int, str]:
     return EXPECTED[kind, length]
 
 
-def holds(kind, model, length, forks, order, threads, budget, process) -> None:
+def holds(kind, model, length, order, threads, budget, process) -> None:
     arguments = (kind, order, threads, budget, model, length)
-    got = case(*arguments) if process == "same" else in_fresh_process(forks, *arguments)
+    got = case(*arguments) if process == "same" else in_fresh_process(*arguments)
     assert got.keys() == set(range(length)) or order == "single"
     assert {n: expected(kind, model, length)[n] for n in got} == got
 
 
 @pytest.mark.parametrize(("order", "threads", "budget", "process"), pairwise(MATRIX))
-def test_the_law_on_a_fake_network(forks, order, threads, budget, process):
-    holds("fake", "", 36, forks, order, threads, budget, process)
+def test_the_law_on_a_fake_network(order, threads, budget, process):
+    holds("fake", "", 36, order, threads, budget, process)
 
 
 @pytest.mark.parametrize(
     ("order", "threads", "budget", "process"),
     [("random", 8, "tiny", "same"), ("reverse", 2, "default", "fresh"), ("single", 1, "tiny", "fresh")],
 )
-def test_the_law_on_a_real_network(forks, model, order, threads, budget, process):
-    holds("model", str(model), 20, forks, order, threads, budget, process)
+def test_the_law_on_a_real_network(model, order, threads, budget, process):
+    holds("model", str(model), 20, order, threads, budget, process)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("order", "threads", "budget", "process"), MATRIX)
 @pytest.mark.parametrize("kind", ["fake", "bundled"])
-def test_the_whole_matrix(forks, kind, order, threads, budget, process):
+def test_the_whole_matrix(kind, order, threads, budget, process):
     """As above, all of it, longer clips, and on the bundled model."""
-    holds(*(("fake", "", 90) if kind == "fake" else ("model", "", 24)), forks, order, threads, budget, process)
+    holds(*(("fake", "", 90) if kind == "fake" else ("model", "", 24)), order, threads, budget, process)
 
 
 @pytest.mark.long

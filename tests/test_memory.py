@@ -1,9 +1,9 @@
 """Memory does not grow with the length of a clip."""
 
-import multiprocessing
 import resource
 
 import pytest
+from fresh import started
 
 
 def peak(length: int, said) -> None:
@@ -37,12 +37,7 @@ class Count:
 
 
 def measured(length: int) -> tuple[int, int]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["clips", "fakes", "vsuav.plugin"])
-    heard, said = context.Pipe(duplex=False)
-    process = context.Process(target=peak, args=(length, said))
-    process.start()
-    said.close()
+    process, heard = started(peak, length)
     result = heard.recv()
     process.join()
     return result
