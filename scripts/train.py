@@ -35,7 +35,7 @@ import cv2
 import numpy as np
 import torch
 from accelerate import Accelerator
-from degrade import blur, degrade
+from degrade import CLEAN, blur, degrade
 from fastnorm import speed_up
 from linear_code import encode
 from perceptual import STLPIPS
@@ -120,7 +120,9 @@ class Batches(Dataset):
             if rng.random() < 0.5:
                 hr = hr[::-1] if count > 1 else hr[:, ::-1]
             hr = np.ascontiguousarray(hr)
-            lr = degrade(hr, rng, strength=rng.uniform(0, self.stage.get("strength", 1.0)))
+            strength = rng.uniform(0, self.stage.get("strength", 1.0))
+            recipe = CLEAN if rng.random() < self.stage.get("clean", 0.0) else None
+            lr = degrade(hr, rng, strength=strength, recipe=recipe)
             prompt = GOOD[rng.integers(len(GOOD))]
             if rng.random() < self.stage.get("looks", 0.0):
                 prompt = (*LOOKS, BAD)[rng.integers(len(LOOKS) + 1)]

@@ -423,24 +423,38 @@ def test_noise_in_a_measurement_makes_no_negative_times():
 
 @pytest.mark.parametrize(("size", "tile"), [((1920, 1080), 512), ((852, 480), 0), ((320, 240), 0)])
 def test_the_price_is_what_the_pieces_take(folder, monkeypatch, size, tile):
-    """With a clock that follows the pixels, large frames are priced as if they had been timed whole."""
+    """With a clock that follows the pixels, large frames are priced as if they had been timed whole, or in bands."""
     from vsuav import info, tiling
 
     def take(pixels):
         return 1e-6 * pixels + 3e-12 * pixels**2
 
-    monkeypatch.setattr(info, "_window", lambda networks, step, size: size[0] * size[1])
-    monkeypatch.setattr(info, "_decode", lambda networks, size: 2 * size[0] * size[1])
+    monkeypatch.setattr(info, "_window", lambda networks, step, count, size: size[0] * size[1])
+    monkeypatch.setattr(info, "_decode", lambda networks, count, size: 2 * size[0] * size[1])
     monkeypatch.setattr(info, "_shortest", lambda work: take(work) if isinstance(work, int) else 0.25)
     clip = vs.core.std.BlankClip(width=size[0], height=size[1], format=vs.YUV420P8, length=20)
     opened = video.Video(folder / "vfr.mkv", clip, range(20), Fraction(1, 25), Fraction(0))
     price = info.price(opened, range(20), {"model": str(folder / "model"), "tile": tile})
     cover = tiling.tiles(size[1], size[0], (tile, tile), 16)
     piece = take(tile**2 if tile else size[0] * size[1])
-    decoded = 2e-6 * size[0] * size[1] + 12e-12 * (size[0] * size[1]) ** 2
+    timed = info.LARGEST[0] * info.LARGEST[1] if tile else size[0] * size[1]
+    decoded = take(2 * timed) * size[0] * size[1] / timed  # bands take as long as they are large
     assert price.calls == 3 * 3 and price.tiles == len(cover)  # frames 0-7, 6-13, 12-19; three steps
-    assert price.seconds == pytest.approx(3 * 3 * len(cover) * piece + 7 * decoded + 19 * 0.25)
+    assert price.seconds == pytest.approx(3 * 3 * len(cover) * piece + 20 / 3 * decoded + 19 * 0.25)
     assert price.memory > price.kept + 18 * 16 * size[0] * size[1] * 12
+
+
+def test_short_clips_are_priced_by_their_own_windows(folder, monkeypatch):
+    from vsuav import info
+
+    timed = []
+    monkeypatch.setattr(info, "_window", lambda networks, step, count, size: timed.append(count) or 1.0)
+    monkeypatch.setattr(info, "_decode", lambda networks, count, size: timed.append(count) or 2.0)
+    monkeypatch.setattr(info, "_shortest", lambda work: work if isinstance(work, float) else 0.25)
+    clip = vs.core.std.BlankClip(width=32, height=24, format=vs.YUV420P8, length=2)
+    opened = video.Video(folder / "vfr.mkv", clip, range(2), Fraction(1, 25), Fraction(0))
+    price = info.price(opened, range(2), {"model": str(folder / "model")})
+    assert set(timed) == {2} and price.seconds == pytest.approx(3 * 1.0 + 2.0 + 0.25)  # one window, one chunk
 
 
 @pytest.mark.parametrize("angle", [90, -90, 180])

@@ -7,7 +7,7 @@ import resource
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from vsuav.networks import Networks, auto_dtype, choose
 from vsuav.plugin import KEPT_BLOCKS
 from vsuav.settings import Settings, auto_threads
 from vsuav.store import Store
-from vsuav.tiling import BLOCK, CHUNK, STRIDE, WINDOW, tiles, window
+from vsuav.tiling import BLOCK, CHUNK, STRIDE, WINDOW, band_rows, tiles, window
 from vsuav.video import Video
 
 PACKAGES = (
@@ -31,7 +31,7 @@ PACKAGES = (
 Size = tuple[int, int]
 """Height and width in input pixels."""
 SMALL, LARGEST = (160, 160), (320, 320)
-"""Sizes that are timed on a CPU where frames are larger than the second."""
+"""Sizes that are timed on a CPU where frames, or the tiles they are cut into, are larger than the second."""
 
 
 def machine() -> list[tuple[str, str]]:
@@ -100,14 +100,13 @@ def price(video: Video, span: range, given: Mapping[str, Any]) -> Price:
     cover = tiles(height, width, settings.tile, settings.tile_overlap)
     rows, columns = cover[0].crop
     tile = rows.stop - rows.start, columns.stop - columns.start
-    networks = Networks(models, replace(settings, tile=(0, 0)))
-    began = _peak(settings.device)
-    piece, whole, between = networks.worker.run(lambda: _measured(networks, tile, (height, width)))
-    count = len(span)
+    networks = Networks(models, settings)
+    began, count = _peak(settings.device), len(span)
+    piece, chunk, between = networks.worker.run(lambda: _measured(networks, count, tile, (height, width)))
     windows = len({window(i, 0, count) for i in range((count - 1) // STRIDE + 1)})
     guided = sum(settings.guided(timestep) for timestep in networks.sampler.timesteps)
     total = windows * len(cover) * (guided * piece["guided"] + (settings.steps - guided) * piece["plain"])
-    total += -(-count // CHUNK) * whole + (count - 1) * between
+    total += count / min(count, CHUNK) * chunk + (count - 1) * between
     kept = Engine(networks, Store(0)).working_set(height, width)
     memory = _peak(settings.device)
     if settings.device == "cpu":
@@ -124,28 +123,37 @@ def _peak(device: str) -> int:
     return torch.cuda.max_memory_allocated(device)
 
 
-def _measured(networks: Networks, tile: Size, size: Size) -> tuple[dict[str, float], float, float]:
-    """Seconds of a window of a tile with and without guidance, of a decoded chunk, and of the flow of a pair."""
+def _measured(networks: Networks, count: int, tile: Size, size: Size) -> tuple[dict[str, float], float, float]:
+    """Seconds of a window of a tile with and without guidance, of a decoded chunk, and of the flow of a pair.
+
+    In a clip of `count` frames; windows and chunks have no more.
+    """
     settings = networks.settings
     pieces = {"guided": 0.0, "plain": 0.0}
     with networks.arithmetic():
         for step, timestep in enumerate(networks.sampler.timesteps):
             name = "guided" if settings.guided(timestep) else "plain"
-            pieces[name] = pieces[name] or _seconds(partial(_window, networks, step), tile, settings.device)
-        decoding = _seconds(partial(_decode, networks), size, settings.device)
+            pieces[name] = pieces[name] or _seconds(partial(_window, networks, step, count), tile, settings.device)
+        decode, banded = partial(_decode, networks, count), band_rows(*size, settings.tile) < size[0]
+        if settings.device == "cpu" and banded and size[0] * size[1] > LARGEST[0] * LARGEST[1]:
+            decoding = _shortest(decode(LARGEST)) * size[0] * size[1] / (LARGEST[0] * LARGEST[1])
+        else:
+            decoding = _seconds(decode, size, settings.device)
         flow = _shortest(partial(networks.flow, *_noise(2, 3, size))) if settings.propagation_steps else 0.0
     return pieces, decoding, flow
 
 
-def _window(networks: Networks, step: int, size: Size) -> Callable[[], object]:
-    latents = list(_noise(WINDOW, 4, size).to(networks.latent_dtype))
+def _window(networks: Networks, step: int, count: int, size: Size) -> Callable[[], object]:
+    frames = range(min(WINDOW, count))
+    latents = list(_noise(len(frames), 4, size).to(networks.latent_dtype))
     prompt = networks.settings.prompt_at(0)
-    return partial(networks.window, step, range(WINDOW), latents, list(_noise(WINDOW, 3, size)), prompt)
+    return partial(networks.window, step, frames, latents, list(_noise(len(frames), 3, size)), prompt)
 
 
-def _decode(networks: Networks, size: Size) -> Callable[[], object]:
-    latents = list(_noise(CHUNK, 4, size).to(networks.latent_dtype))
-    return partial(networks.decode, range(CHUNK), latents, list(_noise(CHUNK, 3, size)))
+def _decode(networks: Networks, count: int, size: Size) -> Callable[[], object]:
+    frames = range(min(CHUNK, count))
+    latents = list(_noise(len(frames), 4, size).to(networks.latent_dtype))
+    return partial(networks.decode, frames, latents, list(_noise(len(frames), 3, size)))
 
 
 def _noise(count: int, channels: int, size: Size) -> Tensor:
