@@ -19,10 +19,10 @@ from torch import Tensor
 
 from vsuav import color, frames, upscale
 from vsuav.checkpoint import Models
-from vsuav.engine import restore
+from vsuav.engine import Engine, restore
 from vsuav.flow import DIS
 from vsuav.networks import Networks, choose, exact_arithmetic
-from vsuav.noise import frame_noise
+from vsuav.noise import Noise, frame_noise
 from vsuav.plan import BLOCK, Recipe, plan_block
 from vsuav.plugin import Restorer
 from vsuav.propagation import link, propagate
@@ -51,6 +51,7 @@ class Nothing:
         self.recipe = Recipe(
             settings.steps, self.sampler.history, frozenset(settings.propagation_steps), settings.propagation_radius
         )
+        self.noise = Noise(settings.seed)
         self.worker = worker("cpu")
         self._predictions = torch.zeros(8, 4, height, width)
         self._pictures = torch.full((CHUNK, 3, 4 * height, 4 * width), 0.5)
@@ -58,9 +59,6 @@ class Nothing:
 
     def arithmetic(self) -> contextlib.AbstractContextManager[None]:
         return exact_arithmetic(self.settings.threads)
-
-    def noise(self, stream: str, frame: int, shape: tuple[int, ...]) -> Tensor:
-        return frame_noise(self.settings.seed, stream, frame, shape)
 
     def window(self, step: int, frames: Sequence[int], latents, low_res, prompt: str) -> Tensor:
         return self._predictions[: len(frames)]
@@ -150,7 +148,7 @@ def overhead(size: Size, settings: Settings, length: int, repeat: int, budget: f
     """Seconds a frame of engine and plugin without networks, and of a plain resize, measured in turns."""
     clip = sample(length, size)
     nothing = Nothing(settings, size)
-    calls: dict[str, Call] = {"engine": lambda: restore(clip, nothing)}
+    calls: dict[str, Call] = {"engine": lambda: _computed(clip, nothing)}
     for name, format in (("RGBS", vs.RGBS), ("YUV420P8", vs.YUV420P8)):
         source = node(clip, format)
         source.std.SetVideoCache(mode=1, fixedsize=1, maxsize=length)
@@ -161,6 +159,13 @@ def overhead(size: Size, settings: Settings, length: int, repeat: int, budget: f
     with vapoursynth_threads(settings.threads):
         times = race(calls, repeat, budget)
     return {name: taken.of(length) for name, taken in times.items()}
+
+
+def _computed(clip: Tensor, networks: Nothing) -> None:
+    """All frames of a clip, each let go once it is there."""
+    engine, sources, shots = Engine(networks, Store(1 << 30)), dict(enumerate(clip)), Shots(len(clip))
+    for block in range(-(-len(clip) // BLOCK)):
+        engine.run(block, shots, sources)
 
 
 def _restored(source: vs.VideoNode, networks: Nothing) -> vs.VideoNode:

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vsuav.propagation import backward_start, forward_start, link, propagate
+from vsuav.flow import OUTSIDE, origins
+from vsuav.propagation import backward_start, blend, forward_start, link, propagate
 
 
 def moving(frames: int, height: int, width: int, seed: int, still: float = 0.7) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,6 +120,27 @@ def test_half_precision_is_blended_in_float32_and_rounded_once():
     there, back = (flow[0, :, 0] for flow in moving(2, 6, 7, 3))
     exact = link(current.float(), source.float(), there, back)
     assert torch.equal(link(current, source, there, back), exact.half())
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**31), st.sampled_from([0.0, 0.5, 3.0, 40.0]))
+def test_known_origins_give_the_same_as_flows(height, width, seed, reach):
+    """`blend` against `link`, with flows that agree, that do not, that lead outside, and that are no numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    current, source = torch.randn(2, 3, height, width, generator=generator)
+    there = torch.randn(2, height, width, generator=generator) * reach
+    back = torch.randn(2, 1, 1, generator=generator) * 0.1 - there.mean((1, 2), keepdim=True)
+    there = torch.where(torch.rand(there.shape, generator=generator) < 0.7, there.mean((1, 2), keepdim=True), there)
+    there[torch.rand(there.shape, generator=generator) < 0.05] = float("nan")
+    there[torch.rand(there.shape, generator=generator) < 0.05] = float("-inf")
+    back = back.expand(2, height, width)
+    assert torch.equal(blend(current, source, origins(there, back)), link(current, source, there, back))
+
+
+def test_a_trusted_pixel_from_outside_counts_as_zero():
+    there, back = torch.zeros(2, 2, 1, 2)
+    there[0], back[0] = torch.tensor([[0.0, 0.6]]), torch.tensor([[0.0, -1.3]])
+    assert origins(there, back).tolist() == [[0, OUTSIDE]]
+    assert blend(torch.ones(1, 1, 2), torch.ones(1, 1, 2), origins(there, back)).tolist() == [[[1.0, 0.5]]]
 
 
 def truncated(x, forward, backward, radius: int, first: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vsuav.disk import Disk
-from vsuav.flow import valid
+from vsuav.flow import origins
 from vsuav.networks import Networks
 from vsuav.plan import BLOCK, Key, Plan, Task, cone, front, plan_block, plan_latents, working_set
 from vsuav.propagation import blend
@@ -65,7 +65,7 @@ class Engine:
     def working_set(self, height: int, width: int) -> int:
         """Bytes a linear pass over input frames of this size must keep to compute hardly anything twice."""
         pixels = 4 * height * width
-        return working_set(self.networks.recipe, pixels * self.networks.latent_dtype.itemsize, 4 * pixels, 6 * pixels)
+        return working_set(self.networks.recipe, pixels * self.networks.latent_dtype.itemsize, 4 * pixels, 2 * pixels)
 
     def run(
         self,
@@ -187,10 +187,9 @@ class Engine:
         return (prediction.to(self.networks.latent_dtype),)
 
     def _flow(self, task: Task, held, shots, sources) -> tuple[Tensor]:
-        """Both flows and where each can be trusted: "6 h w"."""
-        flows = self.networks.flow(*(sources[n] for n in task.frames))
-        forward, backward = flows[None].split(2, dim=1)
-        return (torch.cat([flows, valid(forward, backward)[0], valid(backward, forward)[0]]),)
+        """Where the pixels of each frame come from in the other, the first frame's before the second's: "2 h w"."""
+        forward, backward = self.networks.flow(*(sources[n] for n in task.frames)).split(2)
+        return (torch.stack([origins(forward, backward), origins(backward, forward)]),)
 
     def _prediction(self, task: Task, held) -> tuple[Tensor, Tensor]:
         """Latent and merged prediction of the task's frame, both float32."""
@@ -207,8 +206,7 @@ class Engine:
         for n in reversed(task.frames):
             current = held["x0", task.step, n]
             if values:
-                pair = held["flow", n]
-                current = blend(current, values[n + 1], pair[0:2], pair[4:5])
+                current = blend(current, values[n + 1], held["flow", n][0])
             values[n] = current
         return [values[key[2]] for key in task.makes]
 
@@ -217,8 +215,7 @@ class Engine:
         for n in task.frames:
             current = held["back", task.step, n]
             if values:
-                pair = held["flow", n - 1]
-                current = blend(current, values[n - 1], pair[2:4], pair[5:6])
+                current = blend(current, values[n - 1], held["flow", n - 1][1])
             values[n] = current
         return [values[key[2]] for key in task.makes]
 

@@ -31,28 +31,40 @@ def warp(x: Tensor, flow: Tensor, mode: str = "nearest") -> Tensor:
     if mode not in ("nearest", "bilinear"):
         raise ValueError(f"warp: mode must be nearest or bilinear, got {mode!r}")
     height, width = flow.shape[-2:]
-    column = torch.arange(width, dtype=torch.float32, device=flow.device) + flow[:, 0].float()
-    row = torch.arange(height, dtype=torch.float32, device=flow.device)[:, None] + flow[:, 1].float()
+    row, column = _landing(flow)
     if mode == "nearest":
-        return _pick(x, row.round(), column.round())
+        row, column = row.round(), column.round()
     top, left = row.floor(), column.floor()
-    down, right = row - top, column - left
+    length = width + 2 * BORDER
+    down, right = (row - top)[:, None], (column - left)[:, None]
+    place = (top + BORDER).clamp_(0, height + 2).int() * length + (left + BORDER).clamp_(0, width + 2).int()
+    padded = F.pad(x, (BORDER,) * 4).flatten(2)
+    if mode == "nearest":
+        return _picked(padded, place)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for dy, weight_y in ((0, 1 - down), (1, down)):
         for dx, weight_x in ((0, 1 - right), (1, right)):
-            weight = torch.nan_to_num(weight_y * weight_x, nan=0.0)
-            out += _pick(x, top + dy, left + dx).float() * weight[:, None]
+            out = out + _picked(padded, place + (dy * length + dx)).float() * (weight_y * weight_x)
     return out.to(x.dtype)
 
 
-def _pick(x: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """x "b c h w" at whole coordinates row, column "b h w" (float32), zero where they lie outside."""
-    height, width = x.shape[-2:]
-    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    index = torch.where(inside, row, 0.0).long() * width + torch.where(inside, column, 0.0).long()
-    index = index.flatten(1)[:, None].expand(-1, x.shape[1], -1)
-    picked = x.flatten(2).gather(2, index).view_as(x)
-    return torch.where(inside[:, None], picked, torch.zeros((), dtype=x.dtype, device=x.device))
+BORDER = 2  # zeros around what is sampled: a centre outside and its neighbours are all among them
+
+
+def _landing(flow: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns "b h w" (float32, finite) where a flow leads; what is not finite leads outside."""
+    height, width = flow.shape[-2:]
+    column = torch.arange(width, dtype=torch.float32, device=flow.device) + flow[:, 0].float()
+    row = torch.arange(height, dtype=torch.float32, device=flow.device)[:, None] + flow[:, 1].float()
+    far = -2.0 * BORDER
+    lost = {"nan": far, "posinf": far, "neginf": far}
+    return torch.nan_to_num_(row, **lost), torch.nan_to_num_(column, **lost)
+
+
+def _picked(x: Tensor, place: Tensor) -> Tensor:
+    """x "b c n" at the places "b h w" on its last axis: "b c h w"."""
+    clips = [clip.index_select(1, at.flatten()).unflatten(1, at.shape) for clip, at in zip(x, place, strict=True)]
+    return clips[0][None] if len(clips) == 1 else torch.stack(clips)
 
 
 def valid(flow: Tensor, back_flow: Tensor, alpha1: float = 0.001, alpha2: float = 0.05) -> Tensor:
@@ -66,6 +78,22 @@ def valid(flow: Tensor, back_flow: Tensor, alpha1: float = 0.001, alpha2: float 
     error = (flow + returned).square().sum(dim=1, keepdim=True)
     length = flow.square().sum(dim=1, keepdim=True) + returned.square().sum(dim=1, keepdim=True)
     return (error < alpha1 * length + alpha2).float()
+
+
+UNTRUSTED, OUTSIDE = -1, -2
+
+
+def origins(flow: Tensor, back_flow: Tensor) -> Tensor:
+    """Where in the neighbour every pixel comes from, given both flows "2 h w": int32 "h w".
+
+    The place row * w + column of the centre nearest to where `flow` leads; `UNTRUSTED` where `valid` says no, `OUTSIDE`
+    where it says yes to a centre outside the frame.
+    """
+    height, width = flow.shape[-2:]
+    row, column = (x[0].round_().int() for x in _landing(flow[None]))
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    place = torch.where(inside, row * width + column, OUTSIDE)
+    return torch.where(valid(flow[None], back_flow[None])[0, 0].bool(), place, UNTRUSTED)
 
 
 def resize_flow(flow: Tensor, height: int, width: int) -> Tensor:

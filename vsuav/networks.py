@@ -22,7 +22,7 @@ from vsuav.checkpoint import Models, load, locate
 from vsuav.color import adain, bicubic4, wavelet
 from vsuav.flow import DIS, LIBRARY, RAFT
 from vsuav.layers import lay_out
-from vsuav.noise import frame_noise
+from vsuav.noise import Noise
 from vsuav.plan import Recipe
 from vsuav.schedule import Sampler, add_noise
 from vsuav.settings import Settings, auto_threads, auto_tile, resolve
@@ -149,6 +149,7 @@ class Networks:
         self.recipe = Recipe(
             settings.steps, self.sampler.history, frozenset(settings.propagation_steps), settings.propagation_radius
         )
+        self.noise = Noise(settings.seed)
         self.worker = worker(settings.device)
         self._schedule = models.low_res_schedule
         self._text = models.text
@@ -184,10 +185,6 @@ class Networks:
         """The context in which everything of this class, and of the engine, is to run: on a GPU a stream of its own."""
         with exact_arithmetic(self.settings.threads), torch.cuda.stream(self._stream):
             yield
-
-    def noise(self, stream: str, frame: int, shape: tuple[int, ...]) -> Tensor:
-        """Noise of a frame, float32 `shape`; `stream` as in `noise.STREAMS`."""
-        return frame_noise(self.settings.seed, stream, frame, shape)
 
     def window(
         self, step: int, frames: Sequence[int], latents: Sequence[Tensor], low_res: Sequence[Tensor], prompt: str

@@ -13,7 +13,7 @@ For P_i the neighbour is P_{i+1} and the current frame x_i; for Q_i they are Q_{
 import torch
 from torch import Tensor
 
-from vsuav.flow import resize_flow, valid, warp
+from vsuav.flow import UNTRUSTED, resize_flow, valid, warp
 
 STRIDE = 6  # chains start on the grid of the denoising windows, so that neighbouring frames share them
 
@@ -35,26 +35,22 @@ def link(
     back_flow  from the neighbour to the current frame
     The blend is float32, the result has the dtype of `current`.
     """
-    trusted = valid(flow[None], back_flow[None], alpha1, alpha2)[0]
-    return blend(current, source, flow, trusted, fuse_scale, mode, interpolation)
-
-
-def blend(
-    current: Tensor,
-    source: Tensor,
-    flow: Tensor,
-    trusted: Tensor,
-    fuse_scale: float = 0.5,
-    mode: str = "fuse",
-    interpolation: str = "nearest",
-) -> Tensor:
-    """`link` where it is known already which pixels of the flow are valid: `trusted` "1 h w", 1 or 0."""
     if mode not in ("fuse", "copy"):
         raise ValueError(f"link: mode must be fuse or copy, got {mode!r}")
     warped = warp(source[None], flow[None], interpolation)[0]
     if mode == "fuse":
         warped = (fuse_scale * warped.float() + (1 - fuse_scale) * current.float()).to(current.dtype)
-    return torch.where(trusted.bool(), warped, current)
+    return torch.where(valid(flow[None], back_flow[None], alpha1, alpha2)[0].bool(), warped, current)
+
+
+def blend(current: Tensor, source: Tensor, origin: Tensor) -> Tensor:
+    """`link` with its default options, float32, where it is known already which pixel comes from where.
+
+    origin     `flow.origins` of the current frame in the neighbour, "h w"
+    """
+    picked = source.flatten(1).index_select(1, origin.clamp(min=0).flatten()).view_as(source)
+    share = torch.where(origin >= 0, 0.5, 0.0)
+    return picked * share + current * torch.where(origin == UNTRUSTED, 1.0, 0.5)
 
 
 def propagate(x: Tensor, forward: Tensor, backward: Tensor, **options) -> Tensor:
