@@ -58,7 +58,7 @@ class Nothing:
         self._flows = torch.zeros(4, height, width)
 
     def arithmetic(self) -> contextlib.AbstractContextManager[None]:
-        return exact_arithmetic(self.settings.threads)
+        return exact_arithmetic()
 
     def window(self, step: int, frames: Sequence[int], latents, low_res, prompt: str) -> Tensor:
         return self._predictions[: len(frames)]

@@ -44,7 +44,7 @@ class Fake:
         """Any text will do."""
 
     def arithmetic(self) -> contextlib.AbstractContextManager[None]:
-        return exact_arithmetic(self.settings.threads)
+        return exact_arithmetic()
 
     def noise(self, stream: str, frame: int, shape: tuple[int, ...]) -> Tensor:
         return frame_noise(self.settings.seed, stream, frame, shape)

@@ -18,7 +18,7 @@ from fakes import Fake
 from fresh import FRESH
 
 from vsuav import upscale
-from vsuav.settings import Settings
+from vsuav.settings import DTYPES, PRESETS, Settings
 
 THREADS = (1, 2, 8)
 PROCESSES = ("same", "fresh")
@@ -98,6 +98,24 @@ def test_the_law_on_a_real_network(model, order, threads, budget, process):
 def test_the_whole_matrix(kind, order, threads, budget, process):
     """As above, all of it, longer clips, and on the bundled model."""
     holds(*(("fake", "", 90) if kind == "fake" else ("model", "", 24)), order, threads, budget, process)
+
+
+USUAL = ("balanced", "bfloat16")
+WAYS = [
+    pytest.param(*way, marks=() if way == USUAL else pytest.mark.long) for way in itertools.product(PRESETS, DTYPES[1:])
+]
+
+
+@pytest.mark.parametrize(("preset", "dtype"), WAYS)
+def test_the_law_in_every_preset_and_dtype(preset, dtype):
+    """The bundled model, with the values that its presets have."""
+    clip = clip_of(pixels(16, 24, 16))
+    options = {"preset": preset, "dtype": dtype, "threads": 2}
+    vs.core.num_threads = 1
+    linear = ask(upscale(clip, **options), "linear")
+    for threads, order, budget in ((8, "random", 0), (2, "reverse", 1024)):
+        vs.core.num_threads = threads
+        assert ask(upscale(clip, **options, cache_mib=budget), order) == linear
 
 
 @pytest.mark.long

@@ -121,7 +121,9 @@ def give_back(rgb: vs.VideoNode, source: vs.VideoNode, look: Look, width: int, h
         rgb = rgb.resize.Spline36(width=width, height=height)
     target = look.format
     dither = {"dither_type": "error_diffusion"} if target.sample_type == vs.INTEGER else {}
-    if target.color_family == vs.GRAY:
+    if target.id == vs.RGBS and look.full_range:
+        result = rgb
+    elif target.color_family == vs.GRAY:
         full = luma(rgb)
         result = full.resize.Point(format=target.id, range_in=int(vs.RANGE_FULL), range=look.range, **dither)
     else:

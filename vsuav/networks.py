@@ -27,7 +27,7 @@ from vsuav.plan import Recipe
 from vsuav.schedule import Sampler, add_noise
 from vsuav.settings import Settings, auto_threads, auto_tile, resolve
 from vsuav.tiling import band_rows, blend_weights, tiles
-from vsuav.turns import worker
+from vsuav.turns import worker, working_threads
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -84,23 +84,22 @@ def device_kind(device: str) -> str:
 
 
 @contextlib.contextmanager
-def exact_arithmetic(threads: int) -> Iterator[None]:
-    """Arithmetic that is the same in every run: a fixed thread count, no autotuning, no TF32, no gradients."""
-    before = torch.get_num_threads()
+def exact_arithmetic() -> Iterator[None]:
+    """Arithmetic that is the same in every run: no autotuning, no TF32, no gradients; one thread.
+
+    One thread, because what the engine does between network calls is small: sharing it out takes longer than doing it.
+    """
     matmul = torch.backends.cuda.matmul.allow_tf32
-    if before != threads:
-        torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
         with (
+            working_threads(1),
             torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
             torch.inference_mode(),
         ):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = matmul
-        if before != threads:
-            torch.set_num_threads(before)
 
 
 def compiled(network: Callable[..., Tensor], how: str, device: torch.device) -> Callable[..., Tensor]:
@@ -183,7 +182,7 @@ class Networks:
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
         """The context in which everything of this class, and of the engine, is to run: on a GPU a stream of its own."""
-        with exact_arithmetic(self.settings.threads), torch.cuda.stream(self._stream):
+        with exact_arithmetic(), torch.cuda.stream(self._stream):
             yield
 
     def window(
@@ -245,11 +244,12 @@ class Networks:
         z = torch.stack(list(latents), 1)[None].float() / self._vae.config.scaling_factor
         clean = torch.stack(list(low_res), 1)[None]
         picture = self._decode(z, clean, frames)
-        picture = picture.clamp_(-1, 1)
-        if self.settings.color_fix != "none":
-            style = bicubic4(clean[0].transpose(0, 1).contiguous())
-            picture = (adain if self.settings.color_fix == "adain" else wavelet)(picture, style)
-        return (picture / 2 + 0.5).clamp_(0, 1)
+        with working_threads(self.settings.threads):
+            picture = picture.clamp_(-1, 1)
+            if self.settings.color_fix != "none":
+                style = bicubic4(clean[0].transpose(0, 1).contiguous())
+                picture = (adain if self.settings.color_fix == "adain" else wavelet)(picture, style)
+            return (picture / 2 + 0.5).clamp_(0, 1)
 
     def _decode(self, z: Tensor, low_res: Tensor, frames: Sequence[int]) -> Tensor:
         height, width = z.shape[-2:]
@@ -279,7 +279,8 @@ class Networks:
         """Call `network` and refuse what is not finite."""
         where = f"frames {frames[0]} to {frames[-1]}"
         try:
-            result = network(*inputs)
+            with working_threads(self.settings.threads):
+                result = network(*inputs)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
                 raise
@@ -296,14 +297,16 @@ class Networks:
 
     def flow(self, first: Tensor, second: Tensor) -> Tensor:
         """Flows between two frames "3 h w" in [-1, 1]: "4 h w", first forward then backward (x, y), in pixels."""
-        return torch.cat([flow.float().cpu() for flow in self._flow(first, second)])
+        with working_threads(self.settings.threads):
+            return torch.cat([flow.float().cpu() for flow in self._flow(first, second)])
 
     def _context(self, prompt: str, guided: bool) -> object:
         key = (prompt, guided)
         if key not in self._contexts:
             texts = (self.settings.negative_prompt, prompt) if guided else (prompt,)
             states = torch.stack([self._text.encode(text) for text in texts]).to(self.device, self.dtype)
-            self._contexts[key] = self._unet.prepare(states)
+            with working_threads(self.settings.threads):
+                self._contexts[key] = self._unet.prepare(states)
             while len(self._contexts) > 32:
                 self._contexts.popitem(last=False)
         self._contexts.move_to_end(key)

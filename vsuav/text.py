@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vsuav import weights
+from vsuav.turns import working_threads
 from vsuav.weights import ModelError, bare
 
 MINILM_TOKENS = 32
@@ -164,12 +165,8 @@ class TextEncoder:
                     raise ModelError(f"the model has no text encoder, only stored prompts ({known}); got {prompt!r}")
                 while len(self._recent) >= KEPT:
                     self._recent.pop(next(iter(self._recent)))
-                threads = torch.get_num_threads()
-                torch.set_num_threads(1)
-                try:
+                with working_threads(1):
                     self._recent[prompt] = self._compute(prompt)
-                finally:
-                    torch.set_num_threads(threads)
             return self._recent[prompt]
 
 

@@ -8,13 +8,28 @@ import atexit
 import contextlib
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 NEIGHBOURS = 16
 """Requests of one clip whose positions lie this close belong to one run through it."""
+
+
+@contextlib.contextmanager
+def working_threads(threads: int) -> Iterator[None]:
+    """Compute with a number of threads that is fixed, because float32 results depend on it."""
+    before = torch.get_num_threads()
+    if before != threads:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        if before != threads:
+            torch.set_num_threads(before)
 
 
 class Cancelled(RuntimeError):
