@@ -148,7 +148,7 @@ class Networks:
         self.recipe = Recipe(
             settings.steps, self.sampler.history, frozenset(settings.propagation_steps), settings.propagation_radius
         )
-        self.noise = Noise(settings.seed)
+        self._noise = Noise(settings.seed)
         self.worker = worker(settings.device)
         self._schedule = models.low_res_schedule
         self._text = models.text
@@ -184,6 +184,10 @@ class Networks:
         """The context in which everything of this class, and of the engine, is to run: on a GPU a stream of its own."""
         with exact_arithmetic(), torch.cuda.stream(self._stream):
             yield
+
+    def noise(self, stream: str, frame: int, shape: tuple[int, ...]) -> Tensor:
+        """Noise of a frame, float32 `shape`, to be read only; `stream` as in `noise.STREAMS`."""
+        return self._noise(stream, frame, shape)
 
     def window(
         self, step: int, frames: Sequence[int], latents: Sequence[Tensor], low_res: Sequence[Tensor], prompt: str
