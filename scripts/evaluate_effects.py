@@ -48,6 +48,10 @@ def chroma(images: Tensor) -> float:
 
 TEXT = {
     "film grain": ({"prompt": "film grain"}, "high-frequency energy", high_frequency_energy, 1),
+    "film grain, guidance 2": (
+        {"prompt": "film grain", "negative_prompt": "", "guidance_scale": 2.0}, "high-frequency energy",
+        high_frequency_energy, 1
+    ),
     "black and white": ({"prompt": "black and white"}, "chroma", chroma, -1),
     "blur": ({"prompt": "blur"}, "sharpness", sharpness, -1),
 } | {

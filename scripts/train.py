@@ -61,7 +61,7 @@ LEVELS = (0, 20, 60, 120, 200)
 OFTEN = (0.45, 0.25, 0.1, 0.1, 0.1)
 PIXELS, PERCEPT = (3.0, 1.0, 1.0, 1.0, 1.0), (0.05, 0.8, 0.9, 1.1, 1.4)
 """How often each is trained, and what an error of pixels and of perception weighs there (if a stage does not say so
-itself): a knob needs clear ends."""
+itself, as "often", "pixels" and "percept"): a knob needs clear ends."""
 
 
 def seeded(*parts: Any) -> int:
@@ -241,7 +241,8 @@ class Learner(nn.Module):
 
     def level(self, count: int) -> Tensor:
         """A noise level for each of `count` clips."""
-        places = torch.multinomial(torch.tensor(OFTEN), count, replacement=True)
+        often = torch.tensor(self.stage.get("often", OFTEN))
+        places = torch.multinomial(often, count, replacement=True)
         return torch.tensor(LEVELS)[places].to(self.alphas.device)
 
     def sampled(self, batch: dict, grad: bool) -> tuple[Tensor, Tensor, float, Tensor]:
