@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vsuav.weights import bare
 
 SMALLEST = 128  # shortest side both estimators see: below, RAFT's coarsest correlation level is a single cell
+BORDER = 2  # zeros around what is sampled: a centre outside and its neighbours are all among them
 
 LIBRARY = f"opencv {cv2.__version__}"
 """What DIS flow comes from: its last bits may differ between versions."""
@@ -46,9 +47,6 @@ def warp(x: Tensor, flow: Tensor, mode: str = "nearest") -> Tensor:
         for dx, weight_x in ((0, 1 - right), (1, right)):
             out = out + _picked(padded, place + (dy * length + dx)).float() * (weight_y * weight_x)
     return out.to(x.dtype)
-
-
-BORDER = 2  # zeros around what is sampled: a centre outside and its neighbours are all among them
 
 
 def _landing(flow: Tensor) -> tuple[Tensor, Tensor]:
