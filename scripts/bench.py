@@ -119,8 +119,9 @@ class Bench:
 
     def decoder(self, name: str, vaes: dict[str, VAE], plain: PlainDecoder, width: int, height: int):
         """Rows of a decoder on one chunk."""
-        inputs = [torch.randn(1, 4, CHUNK, height, width), torch.rand(1, 3, CHUNK, height, width) * 2 - 1]
-        calls = {k: partial(vae.decode, inputs[0].to(DTYPES[k]), inputs[1]) for k, vae in vaes.items()}
+        z, low_res = torch.randn(1, 4, CHUNK, height, width), torch.rand(1, 3, CHUNK, height, width) * 2 - 1
+        inputs = [z, low_res, torch.tensor([20])]
+        calls = {k: partial(vae.decode, z.to(DTYPES[k]), *inputs[1:]) for k, vae in vaes.items()}
         sketch = PlainDecoder(plain.config, on_meta(plain.state))
         return self.network(
             f"{name} decoder, {CHUNK} frames", f"{width}x{height}", calls, partial(plain, *inputs),
@@ -229,7 +230,7 @@ def predicted(unet: UNetConfig, vae: VAEConfig | None, dtype: torch.dtype, width
             decoder = VAE(vae)
             z, low = (torch.empty(1, c, CHUNK, height, width) for c in (4, 3))
             yield "VAE weights, float32", sum(p.nbytes for p in decoder.parameters())
-            yield "VAE activations, float32", largest(lambda: decoder.decode(z, low))
+            yield "VAE activations, float32", largest(lambda: decoder.decode(z, low, torch.zeros(1, dtype=torch.long)))
 
 
 def by_dtype[M: torch.nn.Module](network: M) -> dict[str, M]:

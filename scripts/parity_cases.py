@@ -132,7 +132,7 @@ def vae(file: ParityFile) -> Iterator[Case]:
             stages |= {"condition_in", "condition_in.0", "condition_fuse"}
         stages = {f"decoder.{name}" for name in stages}
         decode = compare_call(
-            compare, case, network, stages, lambda: network.decode(z, low_res, entry.get("w_lr", 1.0))
+            compare, case, network, stages, lambda: network.decode(z, low_res, w=entry.get("w_lr", 1.0))
         )
         compare(f"{case}.x", decode, noise=True)
 

@@ -174,22 +174,23 @@ class PlainDecoder:
     def __init__(self, config: VAEConfig, state: Mapping[str, Tensor]):
         self.config, self.state, self.weights = config, state, tree(state)
 
-    def __call__(self, z: Tensor, low_res: Tensor) -> Tensor:
-        """z "b 4 t h w", unscaled; low_res "b 3 t h w" -> "b 3 t 4h 4w"."""
+    def __call__(self, z: Tensor, low_res: Tensor, level: Tensor | None = None) -> Tensor:
+        """z "b 4 t h w", unscaled; low_res "b 3 t h w", level (b,) if the decoder knows it -> "b 3 t 4h 4w"."""
         w = self.weights.decoder
+        e = w.class_embedding.weight[level] if "class_embedding" in w else None
         x = conv(conv(z, self.weights.post_quant_conv), w.conv_in)
         if "condition_in" in w:
             u = self.block(low_res, w.condition_in[0], groups_in=self.config.in_channels)
             u = torch.cat([self.block(u, w.condition_in[1]), x], dim=1)
             u = self.block(self.block(u, w.condition_fuse.shared[0]), w.condition_fuse.shared[1])
             x = x + x * conv(u, w.condition_fuse.scale) + conv(u, w.condition_fuse.shift)
-        x = self.block(x, w.mid_block.resnets[0])
+        x = self.block(x, w.mid_block.resnets[0], e)
         if "attentions" in w.mid_block:
             x = self.attention(x, w.mid_block.attentions[0])
-        x = self.block(x, w.mid_block.resnets[1])
+        x = self.block(x, w.mid_block.resnets[1], e)
         for i in range(len(self.config.block_out_channels)):
             for j in range(self.config.layers_per_block + 1):
-                x = self.block(x, w.up_blocks[i].resnets[j])
+                x = self.block(x, w.up_blocks[i].resnets[j], e)
             if "upsamplers" in w.up_blocks[i]:
                 h, width = x.shape[3:]
                 x = conv(enlarge(x, (2 * h, 2 * width)), w.up_blocks[i].upsamplers[0].conv)
@@ -198,8 +199,8 @@ class PlainDecoder:
             x = torch.stack([F.pixel_shuffle(frame, side) for frame in x.unbind(2)], dim=2)
         return x + enlarge(low_res, tuple(x.shape[3:]), "bicubic") if self.config.bicubic_skip else x
 
-    def block(self, x: Tensor, p: Node, groups_in: int = 0) -> Tensor:
-        return residual(x, p, self.config.norm_num_groups, 1e-6, groups_in=groups_in)
+    def block(self, x: Tensor, p: Node, e: Tensor | None = None, groups_in: int = 0) -> Tensor:
+        return residual(x, p, self.config.norm_num_groups, 1e-6, e, groups_in)
 
     def attention(self, x: Tensor, p: Node) -> Tensor:
         b, _, t, h, w = x.shape

@@ -158,25 +158,26 @@ class Learner(nn.Module):
         plain = only("vae.decoder.", "vae.post_quant_conv.")
         video = only("vae_video.decoder.", "vae_video.post_quant_conv.")
         new = [n for n in video if "_3d." in n]
-        flat = [n for n in video if n not in new]
+        told = [n for n in video if "class_embedding" in n or "time_emb_proj" in n]
+        flat = [n for n in video if n not in (*new, *told)]
         time_ = {f"unet.{name}" for name in temporal_parameters(self.unet)}
         levels = ["unet.class_embedding.weight"]
         spatial = [n for n in only("unet.") if n not in time_ and n not in levels]
         groups = {
             "vae": {"encoder": only("vae.encoder.", "vae.quant_conv."), "decoder": flat},
             "unet": {"unet": spatial, "levels": levels},
-            "fewstep": {"unet": spatial, "levels": levels, "decoder": flat},
-            "temporal": {"unet": sorted(time_), "decoder": flat, "new": new},
-            "vae_video": {"decoder": flat, "new": new},
+            "fewstep": {"unet": spatial, "levels": levels, "decoder": flat, "told": told},
+            "temporal": {"unet": sorted(time_), "decoder": flat, "new": new, "told": told},
+            "vae_video": {"decoder": flat, "new": new, "told": told},
             "vae_image": {"decoder": plain},
         }[self.name]
         return {group: names for group, names in groups.items() if group in self.stage["rates"]}
 
-    def decode(self, z: Tensor, lr: Tensor) -> Tensor:
+    def decode(self, z: Tensor, lr: Tensor, level: Tensor) -> Tensor:
         """Decoded in chunks of three frames, as when the model is used."""
         vae = self.vae if self.name == "vae_image" else self.vae_video
         parts = zip((z / vae.config.scaling_factor).split(3, dim=2), lr.split(3, dim=2), strict=True)
-        return torch.cat([vae.decode(a, b).float() for a, b in parts], dim=2)
+        return torch.cat([vae.decode(a, b, level).float() for a, b in parts], dim=2)
 
     def percept(self, result: Tensor, truth: Tensor) -> Tensor:
         """stLPIPS (alex) "b" on one random window of every frame; nothing without its weights ("stlpips": false)."""
@@ -216,14 +217,14 @@ class Learner(nn.Module):
     def loss_vae(self, batch: dict, progress: float) -> dict[str, Tensor]:
         z = encode(batch["hr"], self.basis)
         coded = (self.vae.encode(batch["hr"])[0].float() - z).square().mean()
-        result = self.decode(z + torch.randn_like(z) * torch.rand(()) * 0.5, batch["lr"])
+        result = self.decode(z + torch.randn_like(z) * torch.rand(()) * 0.5, batch["lr"], self.level(len(z)))
         l1 = (result - batch["hr"]).abs().mean()
         percept = self.percept(result, batch["hr"]).mean()
         return {"loss": l1 + 0.1 * percept + 0.05 * coded, "l1": l1, "percept": percept, "coded": coded}
 
     def loss_vae_image(self, batch: dict, progress: float) -> dict[str, Tensor]:
         estimate, _, _, level = self.sampled(batch, grad=False)
-        return self.picture(self.decode(estimate, batch["lr"]), batch, level)
+        return self.picture(self.decode(estimate, batch["lr"], level), batch, level)
 
     def loss_unet(self, batch: dict, progress: float) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -276,7 +277,7 @@ class Learner(nn.Module):
     def loss_fewstep(self, batch: dict, progress: float) -> dict[str, Tensor]:
         estimate, z, place, level = self.sampled(batch, grad=True)
         part, batch = self.window(estimate, batch)
-        losses = self.picture(self.decode(part, batch["lr"]), batch, level, place)
+        losses = self.picture(self.decode(part, batch["lr"], level), batch, level, place)
         losses["latent"] = (estimate - z).square().mean()
         losses["loss"] = losses["loss"] + self.stage.get("latent", 0.1) * losses["latent"]
         return losses
@@ -284,7 +285,7 @@ class Learner(nn.Module):
     def loss_temporal(self, batch: dict, progress: float) -> dict[str, Tensor]:
         estimate, z, place, level = self.sampled(batch, grad=True)
         part, batch = self.window(estimate, batch)
-        losses = self.clip_losses(self.decode(part, batch["lr"]), batch, level, place)
+        losses = self.clip_losses(self.decode(part, batch["lr"], level), batch, level, place)
         losses["latent"] = (estimate - z).square().mean()
         losses["loss"] = losses["loss"] + self.stage.get("latent", 0.1) * losses["latent"]
         return losses
@@ -292,7 +293,7 @@ class Learner(nn.Module):
     def loss_vae_video(self, batch: dict, progress: float) -> dict[str, Tensor]:
         estimate, _, place, level = self.sampled(batch, grad=False)
         part, batch = self.window(estimate, batch)
-        return self.clip_losses(self.decode(part, batch["lr"]), batch, level, place)
+        return self.clip_losses(self.decode(part, batch["lr"], level), batch, level, place)
 
     def clip_losses(self, result: Tensor, batch: dict, level: Tensor, place: float) -> dict[str, Tensor]:
         """The picture losses, and what the result changes along the flow where the truth does not."""
@@ -351,6 +352,9 @@ def build(config: dict) -> dict[str, nn.Module]:
         latents = config["vae"]["latent_channels"]
         networks["unet"].conv_in.weight[:, :latents] *= 0.05  # noise drowns the picture at first otherwise
         networks["unet"].conv_in.weight[:, latents:] *= 5
+        for name, p in networks["vae_video"].named_parameters():
+            if name.endswith(("class_embedding.weight", "time_emb_proj.bias")):
+                p.zero_()
         for key in ("vae", "vae_video"):
             if networks[key].config.bicubic_skip:
                 networks[key].decoder.conv_out.weight.mul_(0.05)
@@ -447,8 +451,10 @@ def train(
             for full, value in average.values.items():
                 key, _, rest = full.partition(".")
                 weights[key][rest] = value.clone()
-            if "unet.class_embedding.weight" in average.values:
-                fill_levels(weights["unet"]["class_embedding.weight"])
+            for full in average.values:
+                key, _, rest = full.partition(".")
+                if rest.endswith("class_embedding.weight"):
+                    fill_levels(weights[key][rest])
             write_atomically(target, {"weights": weights, "stage": name, "step": step, "config": config})
         return target
 

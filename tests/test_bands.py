@@ -18,6 +18,7 @@ CONFIGS = {
     "image": toy.VAE_IMAGE,
     "video": toy.VAE_VIDEO,
     "attention": {**toy.VAE_VIDEO, "mid_block_add_attention": True, "bicubic_skip": False},
+    "level": {**toy.VAE_VIDEO, "num_class_embeds": 30},
     "unshuffled": {
         **toy.VAE_VIDEO, "block_out_channels": [8, 16], "unshuffle": 2, "down_block_types": ["DownEncoderBlock3D"] * 2,
         "up_block_types": ["UpDecoderBlock3D_plus", "UpDecoderBlock3D"],
@@ -46,8 +47,9 @@ def chunk(height: int, width: int, t: int = 3) -> tuple[torch.Tensor, torch.Tens
 @torch.inference_mode()
 def test_bands_are_the_whole_frame(name, rows):
     vae = build(CONFIGS[name])
-    z, low_res = chunk(13, 9, t=2)
-    whole, banded = vae.decode(z, low_res), vae.decode(z, low_res, decoder=BandedDecoder(vae.decoder, rows))
+    z, low_res, level = *chunk(13, 9, t=2), torch.tensor([20])
+    whole = vae.decode(z, low_res, level)
+    banded = vae.decode(z, low_res, level, decoder=BandedDecoder(vae.decoder, rows))
     torch.testing.assert_close(banded, whole, rtol=0, atol=2e-5 * float(whole.abs().max()))
 
 

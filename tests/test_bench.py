@@ -52,14 +52,16 @@ def test_the_plain_unet_is_ours(config):
 
 
 @pytest.mark.parametrize(
-    "config", [toy.VAE_IMAGE, toy.VAE_VIDEO, ATTENDING, UNSHUFFLED], ids=["image", "video", "attention", "unshuffled"]
+    "config",
+    [toy.VAE_IMAGE, toy.VAE_VIDEO, ATTENDING, UNSHUFFLED, toy.VAE_VIDEO | {"num_class_embeds": 30}],
+    ids=["image", "video", "attention", "unshuffled", "level"],
 )
 @torch.inference_mode()
 def test_the_plain_decoder_is_ours(config):
     vae = alive(VAE(VAEConfig.from_dict(config)))
     plain = PlainDecoder(vae.config, vae.state_dict())
-    z, low_res = torch.randn(2, 4, 3, 6, 5), torch.rand(2, 3, 3, 6, 5) * 2 - 1
-    close(vae.decode(z, low_res), plain(z, low_res))
+    z, low_res, level = torch.randn(2, 4, 3, 6, 5), torch.rand(2, 3, 3, 6, 5) * 2 - 1, torch.tensor([0, 20])
+    close(vae.decode(z, low_res, level), plain(z, low_res, level))
 
 
 # -- what is counted and measured

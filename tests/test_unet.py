@@ -16,12 +16,14 @@ from torch import nn
 
 from vsuav import layers
 from vsuav.layers import (
+    QUERIES,
     JointNorm,
     PlusResBlock,
     ResBlock,
     TimeConv,
     TimeResBlock,
     Up,
+    attend,
     frames,
     lay_out,
     timeline,
@@ -323,6 +325,20 @@ def test_double_precision_agrees(unet):
         wide.load_state_dict(unet.state_dict())
         double = wide(args[0].double(), args[1], args[2].double(), args[3].double(), args[4])
     close(single.double(), double)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("i", "j"), [(5, 7), (QUERIES, QUERIES), (2 * QUERIES + 3, QUERIES + 90)])
+def test_attention_is_its_definition(i, j, dtype):
+    """Few and many rows, in float64 by hand; bfloat16 errs by a few of its last bits (2^-8)."""
+    q, k, v = (torch.randn(2, length, 12, dtype=dtype) for length in (i, j, j))
+    with torch.no_grad():
+        ours = attend(q, k, v, heads=3)
+    heads = [x.double().unflatten(-1, (3, 4)) for x in (q, k, v)]
+    weights = torch.einsum("nihd,njhd->nhij", *heads[:2]).div(2).softmax(-1)
+    expected = torch.einsum("nhij,njhd->nihd", weights, heads[2]).flatten(2)
+    error = 2e-6 if dtype is torch.float32 else 4 * 2**-8
+    torch.testing.assert_close(ours.double(), expected, rtol=0, atol=error * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize(("dtype", "decibel"), [(torch.bfloat16, 30), (torch.float16, 45)])

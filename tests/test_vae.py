@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vsuav.layers import lay_out
+from vsuav.layers import ResBlock, lay_out
 from vsuav.vae import VAE, PixelAttention, VAEConfig
 
 SMALL = {
@@ -118,7 +118,7 @@ def test_a_fresh_video_decoder_is_the_image_decoder(image):
 def test_the_condition_counts_as_much_as_told(video):
     """Between w = 0 and w = 1 the features move along a line; the low-resolution clip is not seen at w = 0."""
     z, low, other = torch.randn(1, 4, 2, 5, 6), torch.randn(1, 3, 2, 5, 6), torch.randn(1, 3, 2, 5, 6)
-    assert torch.equal(video.decode(z, low, 0.0), video.decode(z, other, 0.0))
+    assert torch.equal(video.decode(z, low, w=0.0), video.decode(z, other, w=0.0))
     assert differs(video.decode(z, low), video.decode(z, other))
     fuse, c, x = video.decoder.condition_fuse, torch.randn(1, 8, 2, 5, 6), torch.randn(1, 24, 2, 5, 6)
     close(fuse(c, x, 0.35), x + 0.35 * (fuse(c, x, 1.0) - x))
@@ -145,16 +145,42 @@ def test_unshuffled_pixels_are_channels_of_the_finest_level():
         close(ours, theirs)
     assert vae.config.factor == 4 and vae.decode(z, low).shape == x.shape
     large = torch.stack([F.interpolate(low[:, :, i], scale_factor=4, mode="bicubic") for i in range(2)], dim=2)
-    small = plain.decode(z, torch.zeros(1, 12, 2, 5, 6), 0.0)
-    close(vae.decode(z, low, 0.0), torch.stack([F.pixel_shuffle(small[:, :, i], 2) for i in range(2)], 2) + large)
+    small = plain.decode(z, torch.zeros(1, 12, 2, 5, 6), w=0.0)
+    close(vae.decode(z, low, w=0.0), torch.stack([F.pixel_shuffle(small[:, :, i], 2) for i in range(2)], 2) + large)
     assert vae.encode(torch.randn(1, 3, 1, 23, 21))[0].shape == (1, 4, 1, 5, 5)
+
+
+def test_a_decoder_may_know_the_noise_level(video):
+    """What the level adds to every block's first convolution is as if it were part of that convolution's bias."""
+    knowing = build(VIDEO | {"num_class_embeds": 300})
+    missing = knowing.load_state_dict(video.state_dict(), strict=False)
+    assert not missing.unexpected_keys and len(missing.missing_keys) == 1 + 2 * len(blocks(knowing))
+    z, low, levels = torch.randn(3, 4, 2, 5, 6), torch.randn(3, 3, 2, 5, 6), torch.tensor([0, 299, 20])
+    together = knowing.decode(z, low, levels)
+    for i, level in enumerate(levels):
+        told = build(VIDEO)
+        told.load_state_dict(video.state_dict())
+        row = F.silu(knowing.decoder.class_embedding.weight[level])
+        for name, block in blocks(knowing).items():
+            told.decoder.get_submodule(name).conv1.bias += block.time_emb_proj(row)
+        close(together[i : i + 1], told.decode(z[i : i + 1], low[i : i + 1]))
+    assert differs(together[:1], knowing.decode(z[:1], low[:1], levels[1:2]))
+    with pytest.raises(ValueError, match="VAE.decode: this decoder needs level"):
+        knowing.decode(z, low)
+
+
+def blocks(vae):
+    """The residual blocks on the decoder's way from the middle up, by name."""
+    start = ("mid_block.resnets.", "up_blocks.")
+    found = vae.decoder.named_modules()
+    return {name: m for name, m in found if isinstance(m, ResBlock) and name.startswith(start)}
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_low_res_where_it_is_needed(kind, request):
     vae, z = request.getfixturevalue(kind), torch.randn(1, 4, 2, 5, 6)
     if kind == "image":
-        assert torch.equal(vae.decode(z), vae.decode(z, torch.randn(1, 3, 2, 5, 6), 0.5))
+        assert torch.equal(vae.decode(z), vae.decode(z, torch.randn(1, 3, 2, 5, 6), w=0.5))
         return
     with pytest.raises(ValueError, match="VAE.decode: this decoder needs low_res"):
         vae.decode(z)
@@ -183,11 +209,11 @@ def test_inference_equals_training(video):
 
 
 def test_it_can_be_trained():
-    for config in (SMALL, VIDEO | {"bicubic_skip": True, "mid_block_add_attention": False}):
+    for config in (SMALL, VIDEO | {"bicubic_skip": True, "mid_block_add_attention": False, "num_class_embeds": 2}):
         vae = build(config).requires_grad_(True)
         with torch.enable_grad():
             mean, logvar = vae.encode(torch.randn(1, 3, 2, 16, 12))
-            x = vae.decode(mean, torch.randn(1, 3, 2, 4, 3))
+            x = vae.decode(mean, torch.randn(1, 3, 2, 4, 3), torch.tensor([1]))
             (x.square().mean() + logvar.square().mean()).backward()
         assert [name for name, p in vae.named_parameters() if p.grad is None or not p.grad.any()] == []
 

@@ -32,9 +32,9 @@ class BandedDecoder:
             raise ValueError(f"BandedDecoder: rows must be at least 1, got {rows}")
         self.decoder, self.rows, self.home = decoder, rows, torch.device(home)
 
-    def __call__(self, z: Tensor, low_res: Tensor | None, w: float) -> Tensor:
-        """z "1 4 t h w", low_res "1 3 t h w" -> "1 3 t 4h 4w" at home."""
-        decoder = self.decoder
+    def __call__(self, z: Tensor, low_res: Tensor | None, level: Tensor | None, w: float) -> Tensor:
+        """z "1 4 t h w", low_res "1 3 t h w", level (1,) -> "1 3 t 4h 4w" at home."""
+        decoder, e = self.decoder, self.decoder.embedded(level)
         x = self._activation(z, z.shape[3])
         x.apply(decoder.conv_in)
         if hasattr(decoder, "condition_in"):
@@ -43,9 +43,9 @@ class BandedDecoder:
                 condition.residual(block)
             x.fuse(decoder.condition_fuse, condition.x, w)
             del condition
-        x.middle(decoder.mid_block)
+        x.middle(decoder.mid_block, e)
         for stage in decoder.up_blocks:
-            x.stage(stage)
+            x.stage(stage, e)
         norm = x.normed(decoder.conv_norm_out)
         x.apply(lambda band: decoder.conv_out(norm(band)))
         return decoder.arranged(x.x)
@@ -67,9 +67,9 @@ class Activation:
         """Replace the activation by `layer` of it; `ratio`: how many times higher that is."""
         self.x = self._through(layer, self.x, ratio)
 
-    def residual(self, block: ResBlock) -> None:
-        norm = self.normed(block.norm1)
-        h = self._through(lambda band: block.conv1(norm(band)), self.x)
+    def residual(self, block: ResBlock, e: Tensor | None = None) -> None:
+        norm, shift = self.normed(block.norm1), block.shift(e)
+        h = self._through(lambda band: block.conv1(norm(band), shift), self.x)
         if block.changes_width:
             self._shorten(block.conv_shortcut)
         norm = self.normed(block.norm2, h)
@@ -96,18 +96,18 @@ class Activation:
         self._through(block.shift, u.x, add_to=scaled)
         self.x = scaled.mul_(w).add_(self.x)
 
-    def middle(self, block: Middle) -> None:
+    def middle(self, block: Middle, e: Tensor | None) -> None:
         """The attention between the residual blocks sees whole frames: at this level they are small."""
-        self.residual(block.resnets[0])
+        self.residual(block.resnets[0], e)
         if hasattr(block, "attentions"):
             for n in range(self.x.shape[2]):
                 frame = self.x[:, :, n : n + 1]
                 frame.copy_(clip(block.attentions[0](frames(frame.to(self.device))), 1))
-        self.residual(block.resnets[1])
+        self.residual(block.resnets[1], e)
 
-    def stage(self, stage: Stage) -> None:
+    def stage(self, stage: Stage, e: Tensor | None) -> None:
         for block in stage.resnets:
-            self.residual(block)
+            self.residual(block, e)
         for enlarge in getattr(stage, "upsamplers", ()):
             self.apply(enlarge, ratio=2)
 

@@ -239,10 +239,14 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, e: Tensor | None = None) -> Tensor:
         """x "b c t h w"; e "b d" or "1 d", only where the block was built with `emb`."""
-        shift = self.time_emb_proj(F.silu(e)) if self.takes_embedding else None
-        h = self.conv1(self.norm1(x, act=True), shift)
+        h = self.conv1(self.norm1(x, act=True), self.shift(e))
         h = self.conv2(self.norm2(h, act=True), add=None if self.changes_width else x)
         return self.conv_shortcut(x, add=h) if self.changes_width else h
+
+
+    def shift(self, e: Tensor | None) -> Tensor | None:
+        """What an embedding "b d" adds to the first convolution, "b c"; None where the block takes none."""
+        return self.time_emb_proj(F.silu(e)) if self.takes_embedding else None
 
 
 class TimeResBlock(ResBlock):
@@ -259,8 +263,10 @@ class TimeResBlock(ResBlock):
 class PlusResBlock(ResBlock):
     """R2+ of the architecture (2): y = R2(x); out = y + conv_3d(SiLU(norm_3d(y))). A fresh block equals R2."""
 
-    def __init__(self, cin: int, cout: int, *, eps: float, groups: int, groups_in: int | None = None):
-        super().__init__(cin, cout, eps=eps, groups=groups, groups_in=groups_in)
+    def __init__(
+        self, cin: int, cout: int, *, eps: float, groups: int, groups_in: int | None = None, emb: int | None = None
+    ):
+        super().__init__(cin, cout, eps=eps, groups=groups, groups_in=groups_in, emb=emb)
         self.norm_3d = JointNorm(groups, cout, eps)
         self.conv_3d = zeroed(VolumeConv(cout, cout, 3, padding=1))
 
@@ -340,7 +346,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = No
     q "n i c", k and v "n j c" (n may be 1 there), bias broadcastable to "n heads i j" -> "n i c".
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    if bias is None and q.dtype is torch.bfloat16 and fused(q, k) and k.shape[2] >= QUERIES and len(k) == len(q):
+        return sliced(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+
+
+QUERIES = 256
+"""Rows of an attention matrix that are made at a time."""
+
+
+def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of "n heads i d" as products of matrices, some rows at a time -> "n i (heads d)".
+
+    On a CPU torch's own attention is no faster in bfloat16 than in float32; products of matrices are.
+    """
+    n, heads, i, d = q.shape
+    q, out = q * d**-0.5, q.new_empty(n, i, heads, d).transpose(1, 2)
+    for each, key, value, result in zip(q, k, v, out, strict=True):
+        key, value = key.transpose(1, 2).contiguous(), value.contiguous()
+        for rows, place in zip(each.split(QUERIES, 1), result.split(QUERIES, 1), strict=True):
+            place.copy_((rows @ key).softmax(-1) @ value)
+    return out.transpose(1, 2).flatten(2)
 
 
 def sinusoid(timestep: Tensor, width: int) -> Tensor:

@@ -262,7 +262,8 @@ class Networks:
         if rows < height and not self.settings.tiny_vae:  # the tiny one sees frame by frame, which is little
             banded = BandedDecoder(self._vae.decoder, rows, self._home(len(frames), height, width))
             decode = functools.partial(self._vae.decode, decoder=banded)
-        decoded = self._run(decode, self._sent(z, self._decoder_dtype), self._sent(low_res), frames=frames)
+        level = torch.full((1,), self.settings.noise_level, device=self.device)
+        decoded = self._run(decode, self._sent(z, self._decoder_dtype), self._sent(low_res), level, frames=frames)
         return decoded[0].transpose(0, 1).float().cpu()
 
     def _home(self, count: int, height: int, width: int) -> torch.device:

@@ -87,14 +87,14 @@ class TinyDecoder(nn.Module):
 
 
 class TinyVAE(nn.Module):
-    """Decodes latents; the low-resolution frames are not looked at."""
+    """Decodes latents; the low-resolution frames and the noise level are not looked at."""
 
     def __init__(self, config: TinyConfig):
         super().__init__()
         self.config = config
         self.decoder = TinyDecoder(config)
 
-    def decode(self, z: Tensor, low_res: Tensor | None = None) -> Tensor:
+    def decode(self, z: Tensor, low_res: Tensor | None = None, level: Tensor | None = None) -> Tensor:
         """Frames "b 3 t 4h 4w", about [-1, 1], not clamped, of z "b 4 t h w", already divided by the scaling factor.
 
         One frame after the other: no result depends on another frame, and the memory of one is enough.

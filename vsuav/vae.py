@@ -38,6 +38,7 @@ class VAEConfig:
     A decoder block named `UpDecoderBlock3D_plus` has 3-D layers; where the first block has, so do the middle block and
     the condition's. `bicubic_skip` adds the low-resolution clip, enlarged four times, to the decoder's output.
     `unshuffle`: the finest level works on blocks of so many pixels a side as channels, which spares the full size.
+    `num_class_embeds`: a decoder that knows the noise level has a table of so many levels, as the U-Net has.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512)
@@ -53,6 +54,7 @@ class VAEConfig:
     mid_block_add_attention: bool = True
     bicubic_skip: bool = False
     unshuffle: int = 1
+    num_class_embeds: int | None = None
 
     FIXED = {
         "act_fn": ("silu",),
@@ -94,9 +96,11 @@ class VAEConfig:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names})
 
 
-def residual(cin: int, cout: int, config: VAEConfig, plus: bool, groups_in: int | None = None) -> ResBlock:
+def residual(
+    cin: int, cout: int, config: VAEConfig, plus: bool, groups_in: int | None = None, emb: int | None = None
+) -> ResBlock:
     kind = PlusResBlock if plus else ResBlock
-    return kind(cin, cout, eps=EPS, groups=config.norm_num_groups, groups_in=groups_in)
+    return kind(cin, cout, eps=EPS, groups=config.norm_num_groups, groups_in=groups_in, emb=emb)
 
 
 class PixelAttention(nn.Module):
@@ -120,33 +124,36 @@ class PixelAttention(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention, residual block."""
 
-    def __init__(self, channels: int, config: VAEConfig, plus: bool):
+    def __init__(self, channels: int, config: VAEConfig, plus: bool, emb: int | None = None):
         super().__init__()
-        self.resnets = nn.ModuleList(residual(channels, channels, config, plus) for _ in range(2))
+        self.resnets = nn.ModuleList(residual(channels, channels, config, plus, emb=emb) for _ in range(2))
         if config.mid_block_add_attention:
             self.attentions = nn.ModuleList([PixelAttention(channels, config.norm_num_groups)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.resnets[0](x)
+    def forward(self, x: Tensor, e: Tensor | None = None) -> Tensor:
+        x = self.resnets[0](x, e)
         if hasattr(self, "attentions"):
             x = clip(self.attentions[0](frames(x)), x.shape[2])
-        return self.resnets[1](x)
+        return self.resnets[1](x, e)
 
 
 class Stage(nn.Module):
     """`layers` residual blocks, then a change of size or none."""
 
-    def __init__(self, cin: int, cout: int, layers: int, config: VAEConfig, *, plus=False, down=False, up=False):
+    def __init__(
+        self, cin: int, cout: int, layers: int, config: VAEConfig, *, plus=False, down=False, up=False, emb=None
+    ):
         super().__init__()
-        self.resnets = nn.ModuleList(residual(cin if j == 0 else cout, cout, config, plus) for j in range(layers))
+        widths = ((cin if j == 0 else cout, cout) for j in range(layers))
+        self.resnets = nn.ModuleList(residual(i, o, config, plus, emb=emb) for i, o in widths)
         if down:
             self.downsamplers = nn.ModuleList([Down(cout, corner=True)])
         if up:
             self.upsamplers = nn.ModuleList([Up(cout)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, e: Tensor | None = None) -> Tensor:
         for block in self.resnets:
-            x = block(x)
+            x = block(x, e)
         for resize in (*getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
             x = resize(x)
         return x
@@ -196,7 +203,9 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, layers = config.block_out_channels[::-1], config.layers_per_block + 1
-        plus = config.plus()
+        plus, emb = config.plus(), widths[0] if config.num_class_embeds else None
+        if emb:
+            self.class_embedding = nn.Embedding(config.num_class_embeds, emb)
         self.conv_in = FrameConv(config.latent_channels, widths[0], 3, padding=1)
         if config.condition_img:
             c = config.condition_channels
@@ -205,23 +214,27 @@ class Decoder(nn.Module):
                 residual(c, c, config, plus[0]),
             )
             self.condition_fuse = ConditionFuse(c, widths[0], config)
-        self.mid_block = Middle(widths[0], config, plus[0])
+        self.mid_block = Middle(widths[0], config, plus[0], emb)
         self.up_blocks = nn.ModuleList(
-            Stage(widths[max(i - 1, 0)], out, layers, config, plus=plus[i], up=i < len(widths) - 1)
+            Stage(widths[max(i - 1, 0)], out, layers, config, plus=plus[i], up=i < len(widths) - 1, emb=emb)
             for i, out in enumerate(widths)
         )
         self.conv_norm_out = JointNorm(config.norm_num_groups, widths[-1], EPS)
         self.shuffle = config.unshuffle
         self.conv_out = FrameConv(widths[-1], config.out_channels * self.shuffle**2, 3, padding=1)
 
-    def forward(self, z: Tensor, low_res: Tensor | None, w: float) -> Tensor:
-        x = self.conv_in(z)
+    def forward(self, z: Tensor, low_res: Tensor | None, level: Tensor | None, w: float) -> Tensor:
+        x, e = self.conv_in(z), self.embedded(level)
         if hasattr(self, "condition_in"):
             x = self.condition_fuse(self.condition_in(low_res), x, w)
-        x = self.mid_block(x)
+        x = self.mid_block(x, e)
         for block in self.up_blocks:
-            x = block(x)
+            x = block(x, e)
         return self.arranged(self.conv_out(self.conv_norm_out(x, act=True)))
+
+    def embedded(self, level: Tensor | None) -> Tensor | None:
+        """What the residual blocks are told of the noise level."""
+        return self.class_embedding(level) if hasattr(self, "class_embedding") else None
 
     def arranged(self, x: Tensor) -> Tensor:
         """The blocks of pixels that `conv_out` gives as channels, as pixels."""
@@ -252,14 +265,19 @@ class VAE(nn.Module):
         self,
         z: Tensor,
         low_res: Tensor | None = None,
+        level: Tensor | None = None,
         w: float = 1.0,
-        decoder: Callable[[Tensor, Tensor | None, float], Tensor] | None = None,
+        decoder: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor] | None = None,
     ) -> Tensor:
         """Frames "b 3 t 4h 4w", about [-1, 1], not clamped.
 
         z "b 4 t h w": latents, already divided by `config.scaling_factor`. low_res "b 3 t h w": the clean input frames
-        in [-1, 1], needed where the decoder was built for them; w: how much they count. decoder: what runs in the
-        place of `self.decoder` and gives the same in another way.
+        in [-1, 1], needed where the decoder was built for them; w: how much they count. level (b,), int64: the noise
+        level the latents were made for, needed where the decoder knows it (`config.num_class_embeds`). decoder: what
+        runs in the place of `self.decoder` and gives the same in another way.
+
+        Raises:
+            ValueError: low_res or level is needed and missing, or low_res has not the latents' size.
         """
         needs = self.config.condition_img or self.config.bicubic_skip
         if needs and low_res is None:
@@ -269,8 +287,10 @@ class VAE(nn.Module):
                 f"VAE.decode: low_res must have the frames and size of z {tuple(z.shape[2:])}, "
                 f"got {tuple(low_res.shape[2:])}"
             )
+        if self.config.num_class_embeds and level is None:
+            raise ValueError("VAE.decode: this decoder needs level, the noise level of each clip, got None")
         condition = self._enter(low_res) if self.config.condition_img else None
-        x = (decoder or self.decoder)(self.post_quant_conv(self._enter(z)), condition, w)
+        x = (decoder or self.decoder)(self.post_quant_conv(self._enter(z)), condition, level, w)
         if self.config.bicubic_skip:
             skip = F.interpolate(frames(low_res), scale_factor=self.config.factor, mode="bicubic", align_corners=False)
             x = x + clip(skip, z.shape[2]).to(x)
