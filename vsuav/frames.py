@@ -144,9 +144,10 @@ def to_tensor(frame: vs.VideoFrame) -> Tensor:
     return torch.from_numpy((planes - np.float32(0.5)) * np.float32(2))
 
 
-def to_frame(picture: Tensor, template: vs.VideoFrame) -> vs.VideoFrame:
-    """A picture "3 h w", float32 in [0, 1], as an RGBS frame of the size and with the properties of `template`."""
-    frame = template.copy()
+def to_frame(picture: Tensor) -> vs.VideoFrame:
+    """A picture "3 h w", float32 in [0, 1], as an RGBS frame without properties."""
+    height, width = picture.shape[1:]
+    frame = vs.core.create_video_frame(vs.core.get_video_format(vs.RGBS), width, height)
     for plane in range(3):
         np.copyto(np.asarray(frame[plane]), picture[plane].numpy())
     return frame

@@ -221,9 +221,6 @@ class Restorer:
         self._records = Records(REQUESTS * len(self._span(self._length // BLOCK // 2)))
         self._budget_checked = False
         self._blank = vs.core.std.BlankClip(format=vs.GRAY8, width=16, height=16, length=1, keep=True)
-        self._template = vs.core.std.BlankClip(
-            format=vs.RGBS, width=4 * clip.width, height=4 * clip.height, length=1, keep=True
-        )
 
     def clip(self, look: frames.Look) -> vs.VideoNode:
         """The restored clip: RGBS, 4x as large; `look` says how the source is to be read. To be called once."""
@@ -236,7 +233,7 @@ class Restorer:
         blocks = grid.std.FrameEval(self._again, prop_src=blocks)
         blocks.std.SetVideoCache(mode=1, fixedsize=1, maxsize=KEPT_BLOCKS, maxhistory=KEPT_BLOCKS)
         results = core.std.Interleave([blocks] * BLOCK)[: self._length]
-        template = core.std.BlankClip(self._rgb, width=self._template.width, height=self._template.height, keep=True)
+        template = core.std.BlankClip(self._rgb, width=4 * self._rgb.width, height=4 * self._rgb.height, keep=True)
         return template.std.ModifyFrame([results], _hand_out)
 
     def shots(self, block: int) -> Shots:
@@ -294,11 +291,11 @@ class Restorer:
             group = wanted[i : i + LINK]
             inputs = [self._blank, *(self._rgb[m] for m in group)]
             links.append(self._blank.std.ModifyFrame(inputs, functools.partial(_gather, gathered, group)))
-        inputs = [self._joined(links), self._template]
-        return self._blank.std.ModifyFrame(inputs, functools.partial(self._run, block, shots, gathered))
+        run = functools.partial(self._run, block, shots, gathered)
+        return self._blank.std.ModifyFrame(self._joined(links), run)
 
-    def _run(self, block: int, shots: Shots, gathered: dict[int, Tensor], n: int, f: list) -> vs.VideoFrame:
-        result = f[0].copy()
+    def _run(self, block: int, shots: Shots, gathered: dict[int, Tensor], n: int, f: vs.VideoFrame) -> vs.VideoFrame:
+        result = f.copy()
         try:
             progress = self._progress.block(block, min(BLOCK, self._length - block * BLOCK))
             pictures = self.engine.run(block, shots, gathered, self._life.watch(), progress)
@@ -310,7 +307,7 @@ class Restorer:
         finally:
             gathered.clear()
         for frame, picture in pictures.items():
-            result.props[_name(frame)] = frames.to_frame(picture, f[1])
+            result.props[_name(frame)] = frames.to_frame(picture)
         return result
 
     def _check_budget(self) -> None:
