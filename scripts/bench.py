@@ -23,6 +23,7 @@ import platform
 import re
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -164,16 +165,21 @@ class Bench:
         options, usual = self.options, auto_dtype("auto", "cpu")
         longest = 12 if options.quick else 48
         for size in options.size:
-            bare = overhead(size, self.settings(size), longest, options.repeat, options.budget)
+            settings = self.settings(size)
+            alone = replace(settings, propagation_steps=())
+            bare = overhead(size, settings, 2 * longest, options.repeat, options.budget)
+            flat = overhead(size, alone, 2 * longest, options.repeat, options.budget)
             length = min(longest, max(18, longest * 160 * 120 // (size[0] * size[1])))  # larger frames, fewer of them
             dtypes = list(dict.fromkeys((usual, "float32")))
             real = whole(self.model, size, dtypes, options.threads, length, options.repeat, options.budget)
-            for what, taken in bare.items():
-                compared = f"{taken.least / real[usual].least:.2%} of the model in {usual}"
-                if what.startswith("plugin"):
-                    resize = bare[what.replace("plugin", "resize.Bicubic")]
-                    compared += f", {taken.least / resize.least:.2f} x resize.Bicubic"
-                yield self.clip(f"{what}, no network" if "resize" not in what else what, size, taken, compared)
+            for rows, how in ((bare, "no network"), (flat, "no network nor propagation")):
+                for what, taken in rows.items():
+                    compared = f"{taken.least / real[usual].least:.2%} of the model in {usual}"
+                    if what.startswith("plugin"):
+                        resize = rows[what.replace("plugin", "resize.Bicubic")]
+                        compared += f", {taken.least / resize.least:.2f} x resize.Bicubic"
+                    if "resize" not in what or rows is bare:
+                        yield self.clip(what if "resize" in what else f"{what}, {how}", size, taken, compared)
             for dtype, taken in real.items():
                 yield self.clip(f"upscale, default preset, {dtype}", size, taken, "")
             if size == options.size[0]:
