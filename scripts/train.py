@@ -9,8 +9,8 @@
     vae_video  the decoder with its 3-D layers, on clips and latents of the sampler
     vae_image  the plain decoder, on stills and latents of the sampler
 
-A stage of the configuration may have any name where its "as" says which of these it is (in mini.json `settle` and
-`refine` are `fewstep` again, `steady` and `steadier` `temporal`).
+A stage of the configuration may have any name where its "as" says which of these it is (in mini.json `settle`,
+`refine` and `tell` are `fewstep` again, `steady` and `steadier` `temporal`).
 
 A step is a pure function of the weights, the optimizer and the step's number: the batch and all noise are seeded by
 (seed, stage, step, process). So a run that is stopped and resumed gives the same bits as one that was not. Runs on one
