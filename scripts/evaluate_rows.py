@@ -30,10 +30,10 @@ INTERPOLATORS = ("bicubic", "lanczos", "znedi3")
 ALONE = {"temporal": False, "propagation_steps": [], "alone": True}
 
 OURS = {
-    "fidelity": {"noise_level": 0},
+    "fidelity": {"noise_level": 0, "propagation_steps": []},
     "default": {},
     "frame by frame": ALONE,
-    "1 step": {"steps": 1, "propagation_steps": []},
+    "1 step": {"steps": 1},
     "latents zeroed": {"zero": True},
     "fidelity, 1 step": {"noise_level": 0, "steps": 1, "propagation_steps": []},
     "without temporal layers": {"temporal": False},

@@ -10,7 +10,7 @@
     vae_image  the plain decoder, on stills and latents of the sampler
 
 A stage of the configuration may have any name where its "as" says which of these it is (in mini.json `settle`,
-`refine` and `tell` are `fewstep` again, `steady` and `steadier` `temporal`).
+`refine` and `tell` are `fewstep` again, `steady`, `steadier` and `faithful` `temporal`).
 
 A step is a pure function of the weights, the optimizer and the step's number: the batch and all noise are seeded by
 (seed, stage, step, process). So a run that is stopped and resumed gives the same bits as one that was not. Runs on one
@@ -59,9 +59,9 @@ NETWORKS = ("unet", "vae", "vae_video")
 LEVELS = (0, 20, 60, 120, 200)
 """The noise levels trained. Each level has its own row in the class table; the rows between are interpolated."""
 OFTEN = (0.45, 0.25, 0.1, 0.1, 0.1)
-PIXELS, PERCEPT = (3.0, 1.0, 1.0, 1.0, 1.0), (0.05, 0.8, 0.9, 1.1, 1.4)
-"""How often each is trained, and what an error of pixels and of perception weighs there (if a stage does not say so
-itself, as "often", "pixels" and "percept"): a knob needs clear ends."""
+PIXELS, PERCEPT, FLICKER = (3.0, 1.0, 1.0, 1.0, 1.0), (0.05, 0.8, 0.9, 1.1, 1.4), (1.0, 1.0, 1.0, 1.0, 1.0)
+"""How often each is trained, and what an error of pixels, of perception and of steadiness weighs there (if a stage does
+not say so itself, as "often", "pixels", "percept" and "flicker"): a knob needs clear ends."""
 
 
 def seeded(*parts: Any) -> int:
@@ -158,16 +158,16 @@ class Learner(nn.Module):
         plain = only("vae.decoder.", "vae.post_quant_conv.")
         video = only("vae_video.decoder.", "vae_video.post_quant_conv.")
         new = [n for n in video if "_3d." in n]
-        told = [n for n in video if "class_embedding" in n or "time_emb_proj" in n]
-        flat = [n for n in video if n not in (*new, *told)]
+        told = [n for n in video if "time_emb_proj" in n]
+        levels = [n for n in names if n.endswith("class_embedding.weight")]
+        flat = [n for n in video if n not in (*new, *told, *levels)]
         time_ = {f"unet.{name}" for name in temporal_parameters(self.unet)}
-        levels = ["unet.class_embedding.weight"]
         spatial = [n for n in only("unet.") if n not in time_ and n not in levels]
         groups = {
             "vae": {"encoder": only("vae.encoder.", "vae.quant_conv."), "decoder": flat},
-            "unet": {"unet": spatial, "levels": levels},
+            "unet": {"unet": spatial, "levels": only("unet.class_embedding.")},
             "fewstep": {"unet": spatial, "levels": levels, "decoder": flat, "told": told},
-            "temporal": {"unet": sorted(time_), "decoder": flat, "new": new, "told": told},
+            "temporal": {"unet": sorted(time_), "levels": levels, "decoder": flat, "new": new, "told": told},
             "vae_video": {"decoder": flat, "new": new, "told": told},
             "vae_image": {"decoder": plain},
         }[self.name]
@@ -242,7 +242,7 @@ class Learner(nn.Module):
 
     def level(self, count: int) -> Tensor:
         """A noise level for each of `count` clips."""
-        often = torch.tensor(self.stage.get("often", OFTEN))
+        often = torch.tensor(self.stage.get("often", OFTEN), dtype=torch.float)
         places = torch.multinomial(often, count, replacement=True)
         return torch.tensor(LEVELS)[places].to(self.alphas.device)
 
@@ -264,15 +264,16 @@ class Learner(nn.Module):
 
     def picture(self, result: Tensor, batch: dict, level: Tensor, place: float = 1.0) -> dict[str, Tensor]:
         """L1 and stLPIPS weighed by the noise level. Early steps count pixels more."""
-        place_of = torch.searchsorted(torch.tensor(LEVELS, device=level.device), level)
-        pixels, perception = (
-            torch.tensor(self.stage.get(name, usual), device=level.device)[place_of]
-            for name, usual in (("pixels", PIXELS), ("percept", PERCEPT))
-        )
+        pixels, perception = self.weight("pixels", PIXELS, level), self.weight("percept", PERCEPT, level)
         l1 = (result - batch["hr"]).abs().flatten(1).mean(1)
         percept = self.percept(result, batch["hr"])
         loss = (pixels * l1 + place * perception * percept).mean()
         return {"loss": loss, "l1": l1.mean(), "percept": percept.mean()}
+
+    def weight(self, name: str, usual: tuple[float, ...], level: Tensor) -> Tensor:
+        """What a loss counts at each of the levels (b,), by the stage's list of that name: (b,)."""
+        place = torch.searchsorted(torch.tensor(LEVELS, device=level.device), level)
+        return torch.tensor(self.stage.get(name, usual), dtype=torch.float, device=level.device)[place]
 
     def loss_fewstep(self, batch: dict, progress: float) -> dict[str, Tensor]:
         estimate, z, place, level = self.sampled(batch, grad=True)
@@ -299,7 +300,7 @@ class Learner(nn.Module):
         """The picture losses, and what the result changes along the flow where the truth does not."""
         losses = self.picture(result, batch, level, place)
         losses["flicker"] = flicker(result, batch["hr"])
-        losses["loss"] = losses["loss"] + self.stage.get("flicker", 1.0) * losses["flicker"]
+        losses["loss"] = losses["loss"] + self.weight("flicker", FLICKER, level).mean() * losses["flicker"]
         return losses
 
 
