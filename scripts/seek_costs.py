@@ -14,6 +14,8 @@ from vsuav.tiling import BLOCK, STRIDE, WINDOW
 LENGTH = 1000
 """Frames of the clip of one shot."""
 RECIPES = [
+    ("2 steps", Recipe(2)),
+    ("2 steps, propagation at 1 (the bundled model's default)", Recipe(2, 0, frozenset({1}))),
     ("4 steps", Recipe(4)),
     ("4 steps, propagation at 2", Recipe(4, 0, frozenset({2}))),
     ("10 steps", Recipe(10)),
