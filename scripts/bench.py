@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measure vsuav on this machine's CPU: networks, what surrounds them, whole clips, memory; a JSON file and tables.
 
-    python scripts/bench.py                                 everything, about ten minutes on two cores
+    python scripts/bench.py                                 everything, about fifteen minutes on two cores
     python scripts/bench.py --quick                         the same in a minute or two, at small sizes
     python scripts/bench.py --law                           also how far bfloat16 and tiles move the result, and what
                                                             presets, solvers and guidance cost in quality
