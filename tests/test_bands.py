@@ -122,6 +122,25 @@ def test_tiles_decode_to_the_same_picture(model, video_vae):
     assert -10 * math.log10(error) > 80
 
 
+@pytest.mark.parametrize("tile", [(0, 0), (40, 40)], ids=["whole", "bands"])
+def test_the_decoder_is_told_the_noise_level(model, tile):
+    """Of the settings, whole and in bands: the picture is that of `VAE.decode` at that level and at no other."""
+    models, settings = choose({"model": model, "threads": 1, "device": "cpu", "dtype": "float32"}, 72, 80)
+    vae = build({**toy.VAE_VIDEO, "num_class_embeds": 351})
+    z, low_res = chunk(80, 72)
+    frames = list((z * vae.config.scaling_factor)[0].transpose(0, 1)), list(low_res[0].transpose(0, 1))
+    settings = replace(settings, tile=tile, video_vae=True, color_fix="none")
+    errors = {}
+    for told in (0, 350):
+        each = Networks(replace(models, video_vae=vae), replace(settings, noise_level=told))
+        with each.arithmetic():
+            picture = each.decode((0, 1, 2), *frames)
+            for level in (0, 350):
+                exact = vae.decode(z, low_res, torch.tensor([level]))[0].transpose(0, 1)
+                errors[told, level] = (picture - (exact.clamp(-1, 1) / 2 + 0.5)).abs().max().item()
+    assert max(errors[0, 0], errors[350, 350]) < 1e-4 and min(errors[0, 350], errors[350, 0]) > 1e-2
+
+
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
