@@ -106,7 +106,8 @@ class Bench:
     def unet(self, name: str, unets: dict[str, UNetVideo], plain: PlainUNet, tokens: int, width: int, height: int):
         """Rows of a U-Net on one window; the text's keys and values are computed beforehand, as the engine does."""
         config = plain.config
-        low_res, sample = torch.randn(1, 3, WINDOW, height, width), torch.randn(1, 4, WINDOW, height, width)
+        low_res = torch.randn(1, 3, WINDOW, height, width)
+        sample = torch.randn(1, config.out_channels, WINDOW, height, width)
         text, calls = torch.randn(1, tokens, config.cross_attention_dim), {}
         for arithmetic, unet in unets.items():
             x, low = sample.to(DTYPES[arithmetic]), low_res.to(DTYPES[arithmetic])
@@ -120,7 +121,8 @@ class Bench:
 
     def decoder(self, name: str, vaes: dict[str, VAE], plain: PlainDecoder, width: int, height: int):
         """Rows of a decoder on one chunk."""
-        z, low_res = torch.randn(1, 4, CHUNK, height, width), torch.rand(1, 3, CHUNK, height, width) * 2 - 1
+        z = torch.randn(1, plain.config.latent_channels, CHUNK, height, width)
+        low_res = torch.rand(1, 3, CHUNK, height, width) * 2 - 1
         inputs = [z, low_res, torch.tensor([20])]
         calls = {k: partial(vae.decode, z.to(DTYPES[k]), *inputs[1:]) for k, vae in vaes.items()}
         sketch = PlainDecoder(plain.config, on_meta(plain.state))

@@ -53,7 +53,8 @@ class Nothing:
         )
         self.noise = Noise(settings.seed)
         self.worker = worker("cpu")
-        self._predictions = torch.zeros(8, 4, height, width)
+        self.latent_channels = 4
+        self._predictions = torch.zeros(8, self.latent_channels, height, width)
         self._pictures = torch.full((CHUNK, 3, 4 * height, 4 * width), 0.5)
         self._flows = torch.zeros(4, height, width)
 

@@ -97,7 +97,7 @@ class PlainUNet:
         self.config, self.state, self.weights = config, state, tree(state)
 
     def __call__(self, sample: Tensor, timestep: Tensor, low_res: Tensor, context: Tensor, level: Tensor) -> Tensor:
-        """sample "b 4 t h w", timestep (b,), low_res "b 3 t h w", context "b l d", level (b,) -> v "b 4 t h w"."""
+        """sample "b c t h w", timestep (b,), low_res "b 3 t h w", context "b l d", level (b,) -> v "b c t h w"."""
         w, last = self.weights, len(self.config.block_out_channels) - 1
         s = linear(sinusoid(timestep, self.config.block_out_channels[0]), w.time_embedding.linear_1)
         e = linear(F.silu(s), w.time_embedding.linear_2) + w.class_embedding.weight[level]
@@ -175,7 +175,7 @@ class PlainDecoder:
         self.config, self.state, self.weights = config, state, tree(state)
 
     def __call__(self, z: Tensor, low_res: Tensor, level: Tensor | None = None) -> Tensor:
-        """z "b 4 t h w", unscaled; low_res "b 3 t h w", level (b,) if the decoder knows it -> "b 3 t 4h 4w"."""
+        """z "b c t h w", unscaled; low_res "b 3 t h w", level (b,) if the decoder knows it -> "b 3 t 4h 4w"."""
         w = self.weights.decoder
         e = w.class_embedding.weight[level] if "class_embedding" in w else None
         x = conv(conv(z, self.weights.post_quant_conv), w.conv_in)

@@ -31,7 +31,7 @@ class Fake:
 
     def __init__(self, settings: Settings, latent_dtype: torch.dtype = torch.float32):
         self.settings = settings
-        self.latent_dtype = latent_dtype
+        self.latent_channels, self.latent_dtype = 4, latent_dtype
         self.sampler = Sampler(SCHEDULE, settings.steps, settings.solver, settings.spacing)
         self.recipe = Recipe(
             settings.steps, self.sampler.history, frozenset(settings.propagation_steps), settings.propagation_radius

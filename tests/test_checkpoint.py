@@ -10,6 +10,7 @@ from pathlib import Path
 import layouts
 import pytest
 import torch
+import toy
 from safetensors.torch import load_file, save_file
 
 from vsuav import checkpoint
@@ -434,6 +435,12 @@ def test_loading_writes_nothing(folders):
     before = state()
     load(folders["uav"])
     assert state() == before
+
+
+def test_latents_of_unlike_width_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "UNET", toy.UNET | {"in_channels": 9, "out_channels": 6})
+    folder = toy.write(tmp_path / "model")
+    assert "latents of 4 channels, the U-Net's have 6" in refused(folder)
 
 
 @pytest.mark.skipif(checkpoint.bundled() is None, reason="models/mini is not here")

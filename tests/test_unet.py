@@ -415,6 +415,7 @@ def test_levels_out_of_range_are_refused(unet, level):
         ({"up_block_types": ["UpBlock3D"] * 3}, "must mirror"),
         ({"down_block_types": ["AttnDownBlock3D"] * 3}, "unknown block type 'AttnDownBlock3D'; known: DownBlock2D"),
         ({"attention_head_dim": 4}, "4 heads at 64 channels"),
+        ({"in_channels": 8}, "in_channels must be out_channels \\+ 3 .*, got 8 for out_channels 4"),
     ],
 )
 def test_configurations_it_would_not_compute_are_refused(change, message):

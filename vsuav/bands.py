@@ -33,7 +33,7 @@ class BandedDecoder:
         self.decoder, self.rows, self.home = decoder, rows, torch.device(home)
 
     def __call__(self, z: Tensor, low_res: Tensor | None, level: Tensor | None, w: float) -> Tensor:
-        """z "1 4 t h w", low_res "1 3 t h w", level (1,) -> "1 3 t 4h 4w" at home."""
+        """z "1 c t h w", low_res "1 3 t h w", level (1,) -> "1 3 t 4h 4w" at home."""
         decoder, e = self.decoder, self.decoder.embedded(level)
         x = self._activation(z, z.shape[3])
         x.apply(decoder.conv_in)

@@ -349,6 +349,11 @@ def _schedule(folder: Path, name: str) -> Schedule:
         raise error if isinstance(error, ModelError) else ModelError(f"{path}: {error}") from None
 
 
+def latent_channels(network: UNetVideo | VAE | TinyVAE) -> int:
+    config = network.config
+    return config.out_channels if isinstance(network, UNetVideo) else config.latent_channels
+
+
 def load(
     model: str | Path | None = None, dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype | None = None
 ) -> Models:
@@ -370,6 +375,9 @@ def load(
         if name == "unet":
             tensors |= passing_on(set(temporal_parameters(network)) - tensors.keys(), network)
         networks[name] = _assign(network, tensors, dtype if name == "unet" else vae_dtype or dtype)
+        channels, wanted = latent_channels(networks[name]), latent_channels(networks["unet"])
+        if channels != wanted:
+            raise ModelError(f"{part.weights_path}: latents of {channels} channels, the U-Net's have {wanted}")
     schedules = [_schedule(folder, name) for name in ("scheduler", "low_res_scheduler")]
     digest.update(repr(schedules).encode())
     text = _text(folder, kind, networks["unet"].config.cross_attention_dim, digest)

@@ -64,8 +64,9 @@ class Engine:
 
     def working_set(self, height: int, width: int) -> int:
         """Bytes a linear pass over input frames of this size must keep to compute hardly anything twice."""
-        pixels = 4 * height * width
-        return working_set(self.networks.recipe, pixels * self.networks.latent_dtype.itemsize, 4 * pixels, 2 * pixels)
+        pixels = height * width
+        numbers = self.networks.latent_channels * pixels
+        return working_set(self.networks.recipe, numbers * self.networks.latent_dtype.itemsize, 4 * numbers, 8 * pixels)
 
     def run(
         self,
@@ -91,7 +92,7 @@ class Engine:
         )
 
     def latents(self, frames: Iterable[int], shots: Shots, sources: Mapping[int, Tensor]) -> list[Tensor]:
-        """Final latents "4 h w" of `frames`, for measurements."""
+        """Final latents "c h w" of `frames`, for measurements."""
         frames = list(frames)
 
         def work() -> list[Tensor]:
@@ -177,7 +178,8 @@ class Engine:
     def _latent(self, step: int, frame: int, held: Mapping[Key, Tensor], like: Tensor) -> Tensor:
         if step:
             return held["latent", step, frame]
-        return self.networks.noise("latent", frame, (4, *like.shape[-2:])).to(self.networks.latent_dtype)
+        shape = (self.networks.latent_channels, *like.shape[-2:])
+        return self.networks.noise("latent", frame, shape).to(self.networks.latent_dtype)
 
     def _window(self, task: Task, held, shots, sources) -> tuple[Tensor]:
         low_res = [sources[n] for n in task.frames]

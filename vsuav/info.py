@@ -145,14 +145,14 @@ def _measured(networks: Networks, count: int, tile: Size, size: Size) -> tuple[d
 
 def _window(networks: Networks, step: int, count: int, size: Size) -> Callable[[], object]:
     frames = range(min(WINDOW, count))
-    latents = list(_noise(len(frames), 4, size).to(networks.latent_dtype))
+    latents = list(_noise(len(frames), networks.latent_channels, size).to(networks.latent_dtype))
     prompt = networks.settings.prompt_at(0)
     return partial(networks.window, step, frames, latents, list(_noise(len(frames), 3, size)), prompt)
 
 
 def _decode(networks: Networks, count: int, size: Size) -> Callable[[], object]:
     frames = range(min(CHUNK, count))
-    latents = list(_noise(len(frames), 4, size).to(networks.latent_dtype))
+    latents = list(_noise(len(frames), networks.latent_channels, size).to(networks.latent_dtype))
     return partial(networks.decode, frames, latents, list(_noise(len(frames), 3, size)))
 
 

@@ -143,6 +143,7 @@ class Networks:
         self.settings = settings
         self.device = torch.device(settings.device)
         self.dtype = TORCH_DTYPES[settings.dtype]
+        self.latent_channels = models.unet.config.out_channels
         self.latent_dtype = torch.float16 if self.dtype is torch.float16 else torch.float32
         self.sampler = Sampler(models.schedule, settings.steps, settings.solver, settings.spacing)
         self.recipe = Recipe(
@@ -197,12 +198,12 @@ class Networks:
         Args:
             step: index into the steps.
             frames: absolute numbers of the window's frames.
-            latents: "4 h w" of each frame before `step`.
+            latents: "c h w" of each frame before `step`.
             low_res: "3 h w" of each frame, in [-1, 1].
             prompt: of the shot.
 
         Returns:
-            v "t 4 h w", float32 on the CPU.
+            v "t c h w", float32 on the CPU.
 
         Raises:
             NetworkError: the result is not finite, or the device ran out of memory.
@@ -242,7 +243,7 @@ class Networks:
 
         Args:
             frames: absolute numbers of the chunk's frames.
-            latents: "4 h w" of each frame after the last step.
+            latents: "c h w" of each frame after the last step.
             low_res: "3 h w" of each frame, in [-1, 1].
         """
         z = torch.stack(list(latents), 1)[None].float() / self._vae.config.scaling_factor

@@ -93,6 +93,11 @@ class UNetConfig:
                 )
         if levels < 2:
             raise ValueError(f"UNetConfig: block_out_channels needs at least two levels, got {self.block_out_channels}")
+        if self.in_channels != self.out_channels + 3:
+            raise ValueError(
+                f"UNetConfig: in_channels must be out_channels + 3 (latents and the input frames), got "
+                f"{self.in_channels} for out_channels {self.out_channels}"
+            )
         for width, attends in zip(self.block_out_channels, self.attends(), strict=True):
             if attends and (width % self.attention_head_dim or width // self.attention_head_dim < ROTARY_CHANNELS):
                 raise ValueError(
@@ -504,9 +509,9 @@ class UNetVideo(nn.Module):
         context: Tensor | PreparedContext,
         noise_level: Tensor | int,
     ) -> Tensor:
-        """The prediction of v, "b 4 t h w".
+        """The prediction of v, "b c t h w".
 
-        sample "b 4 t h w": latents. low_res "b 3 t h w": the noised input frames, [-1, 1] before the noise.
+        sample "b c t h w": latents. low_res "b 3 t h w": the noised input frames, [-1, 1] before the noise.
         timestep: one for all, or (b,), 0..999. noise_level: the level low_res was noised at, 0..350, one or (b,).
         context "b l d": text states; or what `prepare` made of them.
         """

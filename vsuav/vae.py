@@ -257,7 +257,7 @@ class VAE(nn.Module):
         return x.to(self.quant_conv.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance "b 4 t h w" (unscaled) of frames "b 3 t H W" in [-1, 1]; h = H // 4, w = W // 4."""
+        """Mean and log-variance "b c t h w" (unscaled) of frames "b 3 t H W" in [-1, 1]; h = H // 4, w = W // 4."""
         mean, logvar = self.quant_conv(self.encoder(self._enter(x))).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
@@ -271,7 +271,7 @@ class VAE(nn.Module):
     ) -> Tensor:
         """Frames "b 3 t 4h 4w", about [-1, 1], not clamped.
 
-        z "b 4 t h w": latents, already divided by `config.scaling_factor`. low_res "b 3 t h w": the clean input frames
+        z "b c t h w": latents, already divided by `config.scaling_factor`. low_res "b 3 t h w": the clean input frames
         in [-1, 1], needed where the decoder was built for them; w: how much they count. level (b,), int64: the noise
         level the latents were made for, needed where the decoder knows it (`config.num_class_embeds`). decoder: what
         runs in the place of `self.decoder` and gives the same in another way.
