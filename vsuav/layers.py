@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vsuav import winograd
+
 
 def memory(x: Tensor) -> Tensor:
     """From "b c t h w" to "b t h w c", contiguous: the activation as it lies in memory."""
@@ -196,7 +198,10 @@ class FrameConv(Conv, nn.Conv2d):
     """A 2-D convolution of every frame of "b c t h w"."""
 
     def convolve(self, x: Tensor, bias: Tensor) -> Tensor:
-        return clip(F.conv2d(frames(x), self.weight, bias, self.stride, self.padding), x.shape[2])
+        y, small = frames(x), (self.kernel_size, self.stride, self.padding) == ((3, 3), (1, 1), (1, 1))
+        if small and fused(x, self.weight) and winograd.pays(y, self.weight):
+            return clip(winograd.convolve(y, self.weight, bias), x.shape[2])
+        return clip(F.conv2d(y, self.weight, bias, self.stride, self.padding), x.shape[2])
 
 
 class TimeConv(Conv, nn.Conv3d):
