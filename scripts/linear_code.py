@@ -2,7 +2,9 @@
 
 What is lost is the picture minus its 4x4 means, softened by a binomial 3x3 blur and enlarged bicubically. The softening
 keeps the means' own fine detail in the code: it is where noise and blocks of a bad input are mended. The code are the
-four strongest principal components of that, over 4x4 pixels x RGB, at unit variance.
+four strongest principal components of that, over 4x4 pixels x RGB, at unit variance. They hold next to no colour: the
+picture has its input's. So a fifth number says where that colour is to go: 1 where the input has colour and the picture
+has none, 0 where both have or neither.
 """
 
 import torch
@@ -28,8 +30,17 @@ def components(stills: Tensor) -> Tensor:
     return (vectors[:, -4:].flip(1) / values[-4:].flip(0).sqrt()).T.contiguous()
 
 
-def encode(x: Tensor, basis: Tensor) -> Tensor:
-    """The code "b 4 t h w" of frames "b 3 t 4h 4w" in [-1, 1]."""
+def greyness(x: Tensor) -> Tensor:
+    """exp(-c / 0.05), "n 1 h w", of pictures "n 3 h w" in [-1, 1]: c is how far a pixel is from grey."""
+    red, green, blue = x.unbind(1)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    return torch.exp(-torch.hypot(0.564 * (blue - luma), 0.713 * (red - luma)) / 0.05)[:, None]
+
+
+def encode(x: Tensor, low_res: Tensor, basis: Tensor) -> Tensor:
+    """The code "b 5 t h w" of frames "b 3 t 4h 4w" whose input frames are low_res "b 3 t h w", both in [-1, 1]."""
     b, _, t = x.shape[:3]
-    parts = F.pixel_unshuffle(lost(x.transpose(1, 2).flatten(0, 1).float()), 4)
-    return torch.einsum("nkhw,ck->nchw", parts, basis).unflatten(0, (b, t)).transpose(1, 2)
+    x, low_res = (v.transpose(1, 2).flatten(0, 1).float() for v in (x, low_res))
+    parts = torch.einsum("nkhw,ck->nchw", F.pixel_unshuffle(lost(x), 4), basis)
+    faded = (greyness(F.avg_pool2d(x, 4)) - greyness(low_res)).clamp(min=0)
+    return torch.cat([parts, faded], 1).unflatten(0, (b, t)).transpose(1, 2)

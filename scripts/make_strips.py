@@ -27,7 +27,7 @@ AROUND = 7
 """Frames on each side of `FRAME` that strips of one frame restore with it."""
 CROP = (96, 28, 64, 48)
 """What the strips restore and show of the clip: left, top, width, height in input pixels."""
-PROMPTS = ("glass towers at night, sharp windows", "an oil painting, thick brush strokes", "fog, soft, out of focus")
+PROMPT, LOOKS = "glass towers at night, sharp windows", ("", "blur", "film grain", "black and white")
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ STRIPS: dict[str, Callable[[vs.VideoNode], Strip]] = {
     "noise-level": variants({f"noise_level={n}": {"noise_level": n} for n in (0, 30, 60, 120, 200)}),
     "steps": variants({f"steps={n}": {"steps": n, "propagation_steps": []} for n in (1, 2, 3, 5, 8)}),
     "guidance": variants(
-        {f"guidance_scale={g}": {"guidance_scale": g, "prompt": PROMPTS[0]} for g in (1.0, 1.5, 2.0, 4.0, 8.0)}
+        {f"guidance_scale={g}": {"guidance_scale": g, "prompt": PROMPT} for g in (1.0, 1.5, 2.0, 4.0, 8.0)}
     ),
-    "prompts": variants({f'"{text}"': {"prompt": text, "guidance_scale": 4.0} for text in ("", *PROMPTS)}),
+    "prompts": variants({f'"{text}"': {"prompt": text, "color_fix": "none"} for text in LOOKS}),
     "color-fix": variants({f'color_fix="{name}"': {"color_fix": name} for name in ("none", "adain", "wavelet")}),
     "propagation": propagation,
 }

@@ -197,7 +197,14 @@ class PlainDecoder:
         x = conv(F.silu(norm(x, w.conv_norm_out, self.config.norm_num_groups, 1e-6)), w.conv_out)
         if (side := self.config.unshuffle) > 1:
             x = torch.stack([F.pixel_shuffle(frame, side) for frame in x.unbind(2)], dim=2)
-        return x + enlarge(low_res, tuple(x.shape[3:]), "bicubic") if self.config.bicubic_skip else x
+        x = x + enlarge(low_res, tuple(x.shape[3:]), "bicubic") if self.config.bicubic_skip else x
+        if self.config.fading:
+            h, width = z.shape[3:]
+            faded = F.pad(z[:, -1:], (4, 4, 4, 4, 0, 0), mode="replicate")
+            mean = sum(faded[..., i : i + h, j : j + width] for i in range(9) for j in range(9)) / 81
+            share = enlarge(((mean - 0.5) / 0.2).clamp(0, 1), tuple(x.shape[3:]), "bilinear")
+            x = x + share * ((0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]) - x)
+        return x
 
     def block(self, x: Tensor, p: Node, e: Tensor | None = None, groups_in: int = 0) -> Tensor:
         return residual(x, p, self.config.norm_num_groups, 1e-6, e, groups_in)

@@ -10,7 +10,8 @@
     vae_image  the plain decoder, on stills and latents of the sampler
 
 A stage of the configuration may have any name where its "as" says which of these it is (in mini.json `settle`,
-`refine` and `tell` are `fewstep` again, `steady`, `steadier` and `faithful` `temporal`).
+`refine`, `tell` and `refresh` are `fewstep` again, `steady`, `steadier`, `faithful`, `steadiest` and
+`sharper` are `temporal`, and `encoder` is `vae` with the encoder alone).
 
 A step is a pure function of the weights, the optimizer and the step's number: the batch and all noise are seeded by
 (seed, stage, step, process). So a run that is stopped and resumed gives the same bits as one that was not. Runs on one
@@ -52,6 +53,8 @@ from vsuav.vae import VAE, VAEConfig
 
 STAGES = ("vae", "unet", "fewstep", "temporal", "vae_video", "vae_image")
 LOOKS = ("film grain", "blur", "black and white", "high contrast", "noise", "jpeg artifacts")
+SHOWN = (2, 1, 2, 1, 1, 1, 1)
+"""How often each of the looks, and last BAD, is trained."""
 GOOD = ("", "best quality, extremely detailed")
 BAD = "blur, worst quality"
 PROMPTS = (*GOOD, BAD, *LOOKS)
@@ -76,7 +79,7 @@ def look(frames: np.ndarray, name: str, rng: np.random.Generator) -> np.ndarray:
         if name in ("blur", BAD):
             frame = blur(frame, 2.2, 2.2, 0)
         if name == "film grain":
-            frame = frame + 14 * rng.standard_normal((*frame.shape[:2], 1), dtype=np.float32)
+            frame = frame + 18 * rng.standard_normal((*frame.shape[:2], 1), dtype=np.float32)
         elif name == "noise":
             frame = frame + 16 * rng.standard_normal(frame.shape, dtype=np.float32)
         elif name == "black and white":
@@ -125,7 +128,7 @@ class Batches(Dataset):
             lr = degrade(hr, rng, strength=strength, recipe=recipe)
             prompt = GOOD[rng.integers(len(GOOD))]
             if rng.random() < self.stage.get("looks", 0.0):
-                prompt = (*LOOKS, BAD)[rng.integers(len(LOOKS) + 1)]
+                prompt = (*LOOKS, BAD)[rng.choice(len(SHOWN), p=np.array(SHOWN) / sum(SHOWN))]
                 hr = look(hr, prompt, rng)
             if rng.random() < 0.1:
                 prompt = ""
@@ -173,6 +176,13 @@ class Learner(nn.Module):
         }[self.name]
         return {group: names for group, names in groups.items() if group in self.stage["rates"]}
 
+    def code(self, batch: dict[str, Tensor]) -> Tensor:
+        """The latents of a batch: the linear code of a bundled model, of any other what its own encoder gives."""
+        config = self.vae.config
+        if config.fading:
+            return encode(batch["hr"], batch["lr"], self.basis)
+        return self.vae.encode(batch["hr"])[0].float() * config.scaling_factor
+
     def decode(self, z: Tensor, lr: Tensor, level: Tensor) -> Tensor:
         """Decoded in chunks of three frames, as when the model is used."""
         vae = self.vae if self.name == "vae_image" else self.vae_video
@@ -215,7 +225,7 @@ class Learner(nn.Module):
         return getattr(self, f"loss_{self.name}")(batch, step / self.stage["steps"])
 
     def loss_vae(self, batch: dict, progress: float) -> dict[str, Tensor]:
-        z = encode(batch["hr"], self.basis)
+        z = self.code(batch)
         coded = (self.vae.encode(batch["hr"])[0].float() - z).square().mean()
         result = self.decode(z + torch.randn_like(z) * torch.rand(()) * 0.5, batch["lr"], self.level(len(z)))
         l1 = (result - batch["hr"]).abs().mean()
@@ -228,7 +238,7 @@ class Learner(nn.Module):
 
     def loss_unet(self, batch: dict, progress: float) -> dict[str, Tensor]:
         with torch.no_grad():
-            z = encode(batch["hr"], self.basis)
+            z = self.code(batch)
         level = self.level(len(z))
         first = self.schedule.num_train_timesteps - 1
         t = torch.randint(first + 1, (len(z),))
@@ -249,7 +259,7 @@ class Learner(nn.Module):
     def sampled(self, batch: dict, grad: bool) -> tuple[Tensor, Tensor, float, Tensor]:
         """Clean estimate at a random step of the sampler; also the clean latents, the step's place, the levels."""
         with torch.no_grad():
-            z = encode(batch["hr"], self.basis)
+            z = self.code(batch)
         level = self.level(len(z))
         counts, weights = self.stage["sampler"]["steps"], self.stage["sampler"]["weights"]
         count = counts[int(torch.multinomial(torch.tensor(weights, dtype=torch.float), 1))]
@@ -360,7 +370,17 @@ def build(config: dict) -> dict[str, nn.Module]:
             if networks[key].config.bicubic_skip:
                 networks[key].decoder.conv_out.weight.mul_(0.05)
                 networks[key].decoder.conv_out.bias.zero_()
+    video = networks["vae_video"].state_dict()
+    share_encoder(networks["vae"].state_dict(), video)
+    networks["vae_video"].load_state_dict(video)
     return networks
+
+
+def share_encoder(image: dict[str, Tensor], video: dict[str, Tensor]) -> None:
+    """Put the encoder of the image VAE, the only one that is trained, into the video VAE's weights, in place."""
+    for name in image:
+        if name.startswith(("encoder.", "quant_conv.")):
+            video[name] = image[name].clone()
 
 
 def give(networks: dict[str, nn.Module], source: Path) -> None:
@@ -456,6 +476,7 @@ def train(
                 key, _, rest = full.partition(".")
                 if rest.endswith("class_embedding.weight"):
                     fill_levels(weights[key][rest])
+            share_encoder(weights["vae"], weights["vae_video"])
             write_atomically(target, {"weights": weights, "stage": name, "step": step, "config": config})
         return target
 

@@ -162,3 +162,16 @@ def test_other_errors_are_not_called_memory(model, monkeypatch):
     monkeypatch.setattr(broken, "_call", lambda *args: [][0])
     with pytest.raises(IndexError):
         broken._predict(torch.zeros(1, 4, 2, 8, 8), torch.zeros(1, 3, 2, 8, 8), 1, None, False, (6, 7))
+
+
+def test_guidance_leaves_the_channel_of_colour_as_the_prompt_gives_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "VAE_VIDEO", toy.VAE_VIDEO | {"fading": True})
+    given = {"model": toy.write(tmp_path), "threads": 1, "device": "cpu", "dtype": "float32", "video_vae": True}
+    torch.manual_seed(2)
+    latents, low = list(torch.randn(8, 4, 8, 8)), list(torch.rand(8, 3, 8, 8) * 2 - 1)
+    made = []
+    for scale in (1.0, 3.0):
+        models, settings = choose(given | {"guidance_scale": scale}, 8, 8)
+        made.append(Networks(models, settings).window(0, range(8), latents, low, ""))
+    torch.testing.assert_close(made[0][:, 3], made[1][:, 3], atol=1e-5, rtol=0)
+    assert all((made[0][:, c] - made[1][:, c]).abs().max() > 1e-3 for c in range(3))

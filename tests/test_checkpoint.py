@@ -10,7 +10,9 @@ from pathlib import Path
 import layouts
 import pytest
 import torch
+import torch.nn.functional as F
 import toy
+from degrade import read_video
 from safetensors.torch import load_file, save_file
 
 from vsuav import checkpoint
@@ -448,3 +450,20 @@ def test_the_bundled_model_loads():
     models = load()
     assert models.kind == "vsuav" and models.path.name == "mini" and load("mini").digest == models.digest
     assert models.text.encode(models.defaults["prompt"]).shape[1] == models.unet.config.cross_attention_dim
+
+
+@pytest.mark.skipif(checkpoint.bundled() is None, reason="models/mini is not here")
+def test_the_bundled_vaes_code_pictures():
+    """Either encoder and decoder bring back some of what the reduced frame lost."""
+    models = load()
+    sample = Path(checkpoint.__file__).parents[1] / "scripts" / "sample" / "city.mp4"
+    truth = torch.from_numpy(read_video(sample, 1)[0]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    truth = truth[..., : truth.shape[3] // 4 * 4, : truth.shape[4] // 4 * 4]
+    small = F.interpolate(truth[:, :, 0], scale_factor=0.25, mode="bicubic", antialias=True).clamp(-1, 1)
+    enlarged = F.interpolate(small, scale_factor=4, mode="bicubic")
+    error = lambda picture: (picture - truth[:, :, 0]).square().mean()  # noqa: E731
+    with torch.inference_mode():
+        for vae in (models.vae, models.video_vae):
+            z = vae.encode(truth)[0]
+            decoded = vae.decode(z, small[:, :, None], torch.tensor([20]))[:, :, 0]
+            assert error(decoded) < 0.95 * error(enlarged)

@@ -131,6 +131,22 @@ def test_bicubic_skip_is_added(video):
     close(skip.decode(z, low), video.decode(z, low) + torch.stack(large, dim=2))
 
 
+def test_the_last_channel_takes_colour_away():
+    plain, grey = (build(VIDEO | {"bicubic_skip": True, "fading": on}) for on in (False, True))
+    z, low = torch.randn(2, 4, 2, 5, 6), torch.rand(2, 3, 2, 5, 6)
+    for g, kept in ((-1.0, 1.0), (0.5, 1.0), (0.6, 0.5), (0.7, 0.0), (3.0, 0.0)):
+        z[:, 3] = g
+        before, after = plain.decode(z, low), grey.decode(z, low)
+        luma = (before * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)).sum(1, keepdim=True)
+        close(after, luma + kept * (before - luma))
+    z, low = torch.randn(2, 4, 2, 5, 16), torch.rand(2, 3, 2, 5, 16)
+    z[:, 3, :, :, :8], z[:, 3, :, :, 8:] = 1.0, 0.0
+    chroma = (grey.decode(z, low).amax(1) - grey.decode(z, low).amin(1)).mean((0, 1, 2))
+    assert chroma[:16].max() < 1e-5 and chroma[40:].min() > 0.1
+    z[:, 3], z[:, 3, :, 2, 2] = 1.0, -2.0
+    close(grey.decode(z, low).amax(1), grey.decode(z, low).amin(1))
+
+
 def test_unshuffled_pixels_are_channels_of_the_finest_level():
     """The same weights without the shuffle, on pixels put into channels by hand."""
     half = {"block_out_channels": [16, 24], "up_block_types": ["UpDecoderBlock3D_plus", "UpDecoderBlock3D"]}

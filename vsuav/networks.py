@@ -236,6 +236,8 @@ class Networks:
         if guided:
             negative, positive = v.split(1)
             v = negative + self.settings.guidance_scale * (positive - negative)
+            if getattr(self._vae.config, "fading", False):
+                v[:, -1] = positive[0, -1]  # what is to lose its colour is no matter of degree
         return v
 
     def decode(self, frames: Sequence[int], latents: Sequence[Tensor], low_res: Sequence[Tensor]) -> Tensor:

@@ -38,6 +38,7 @@ class VAEConfig:
     A decoder block named `UpDecoderBlock3D_plus` has 3-D layers; where the first block has, so do the middle block and
     the condition's. `bicubic_skip` adds the low-resolution clip, enlarged four times, to the decoder's output.
     `unshuffle`: the finest level works on blocks of so many pixels a side as channels, which spares the full size.
+    `fading`: the last number of a latent says where the input's colour is to go, see `without_colour`.
     `num_class_embeds`: a decoder that knows the noise level has a table of so many levels, as the U-Net has.
     """
 
@@ -54,6 +55,7 @@ class VAEConfig:
     mid_block_add_attention: bool = True
     bicubic_skip: bool = False
     unshuffle: int = 1
+    fading: bool = False
     num_class_embeds: int | None = None
 
     FIXED = {
@@ -276,6 +278,8 @@ class VAE(nn.Module):
         level the latents were made for, needed where the decoder knows it (`config.num_class_embeds`). decoder: what
         runs in the place of `self.decoder` and gives the same in another way.
 
+        With `config.fading` the picture loses its colour where the last channel says so, see `without_colour`.
+
         Raises:
             ValueError: low_res or level is needed and missing, or low_res has not the latents' size.
         """
@@ -294,4 +298,15 @@ class VAE(nn.Module):
         if self.config.bicubic_skip:
             skip = F.interpolate(frames(low_res), scale_factor=self.config.factor, mode="bicubic", align_corners=False)
             x = x + clip(skip, z.shape[2]).to(x)
-        return x
+        return without_colour(x, z[:, -1:]) if self.config.fading else x
+
+
+def without_colour(x: Tensor, faded: Tensor) -> Tensor:
+    """x "b 3 t H W" with as much less colour as `faded` "b 1 t h w" says: none less at 0.5 and below, all from 0.7 on.
+
+    A latent's own number is noisy; the mean of its 9x9 neighbourhood counts.
+    """
+    mean = F.avg_pool2d(F.pad(frames(faded), (4, 4, 4, 4), mode="replicate"), 9, stride=1)
+    share = F.interpolate(((mean - 0.5) / 0.2).clamp(0, 1), x.shape[3:], mode="bilinear", align_corners=False)
+    red, green, blue = x.split(1, dim=1)
+    return torch.lerp(x, 0.299 * red + 0.587 * green + 0.114 * blue, clip(share, x.shape[2]).to(x))
