@@ -219,9 +219,29 @@ def moving(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return clip
 
 
+def film_scenes(sdist: Path) -> Iterator[np.ndarray]:
+    """Every 28 frames eight successive ones "8 h w 3" of the film's part that is trained on."""
+    shot: list[np.ndarray] = []
+    for number, frame in film(sdist, lambda n: n >= FILM.start and n % 28 < FRAMES, FILM.stop):
+        shot = [*shot, frame] if number % 28 else [frame]
+        if number % 28 == FRAMES - 1 and len(shot) == FRAMES:
+            yield np.stack(shot)
+
+
+def generated_scenes(wheel: Path) -> Iterator[np.ndarray]:
+    """Every 12 frames eight successive ones "8 h w 3" of the generated video that is trained on."""
+    for _, frames in generated(wheel):
+        if min(frames.shape[1:3]) >= STILL:
+            yield from (frames[i : i + FRAMES] for i in range(0, len(frames) - FRAMES + 1, 12))
+
+
+SCENES = {"film": film_scenes, "generated": generated_scenes}
+
+
 def validation(packages: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Name and frames "8 h w 3" of clips that are neither trained on nor part of the evaluation."""
-    found = {package.use: fetch(package, packages) for package in PACKAGES}
+    uses = ("film", "generated", "validation")
+    found = {package.use: fetch(package, packages) for package in PACKAGES if package.use in uses}
     pick = lambda n: any(first <= n < first + FRAMES for first in FILM_VALIDATION)  # noqa: E731
     shots = np.stack([f for _, f in film(found["film"], pick, FILM_VALIDATION[-1] + FRAMES)])
     for first, clip in zip(FILM_VALIDATION, np.split(shots, len(FILM_VALIDATION)), strict=True):
@@ -253,22 +273,10 @@ def build(data: Path, packages: Path, limit: int | None = None) -> None:
                     continue
                 stills += [cut(photo, STILL, rng) for _ in range(min(120, photo.shape[0] * photo.shape[1] // 90**2))]
                 clips += [moving(photo, rng) for _ in range(14)]
-        elif package.use == "film":
-            shot: list[np.ndarray] = []
-            for number, frame in film(path, lambda n: n >= FILM.start and n % 28 < FRAMES, FILM.stop):
-                shot = [*shot, frame] if number % 28 else [frame]
-                if number % 28 == FRAMES - 1 and len(shot) == FRAMES:
-                    scene = np.stack(shot)
-                    stills += [cut(scene[0], STILL, rng), cut(scene[4], STILL, rng)]
-                    clips += [cut(scene, CLIP, rng) for _ in range(3)] if one_shot(scene) else []
-        elif package.use == "generated":
-            for _, frames in generated(path):
-                if min(frames.shape[1:3]) < STILL:
-                    continue
-                for first in range(0, len(frames) - FRAMES + 1, 12):
-                    scene = frames[first : first + FRAMES]
-                    stills += [cut(scene[k], STILL, rng) for k in (0, 4)]
-                    clips += [cut(scene, CLIP, rng) for _ in range(3)] if one_shot(scene) else []
+        elif package.use in SCENES:
+            for scene in SCENES[package.use](path):
+                stills += [cut(scene[k], STILL, rng) for k in (0, 4)]
+                clips += [cut(scene, CLIP, rng) for _ in range(3)] if one_shot(scene) else []
         manifest.append({
             "package": package.name, "file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "licence": package.licence, "use": package.use, "stills": len(stills) - before[0],

@@ -69,7 +69,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     for i in range(0, n, count):
         for top in range(0, high, rows):
             part = x[i : i + count, TILE * top : TILE * (top + rows) + 2]
-            lines, tiles = (part.shape[1] - 2) // TILE, (SPAN, len(part), (part.shape[1] - 2) // TILE)
+            lines = (part.shape[1] - 2) // TILE
+            tiles = (SPAN, len(part), lines)
             across = x.new_empty(*tiles, part.shape[2], channels)
             _sums([part[:, j : j + TILE * lines - 3 : TILE] for j in range(SPAN)], across)
             sums = x.new_empty(SPAN, *tiles, wide, channels)
