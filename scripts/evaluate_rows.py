@@ -30,7 +30,8 @@ INTERPOLATORS = ("bicubic", "lanczos", "znedi3")
 ALONE = {"temporal": False, "propagation_steps": [], "alone": True}
 
 OURS = {
-    "fidelity": {"noise_level": 0, "propagation_steps": []},
+    "fidelity": {"noise_level": 0, "propagation_steps": [], "ensemble": 4},
+    "fidelity, one copy": {"noise_level": 0, "propagation_steps": []},
     "default": {},
     "frame by frame": ALONE,
     "1 step": {"steps": 1},

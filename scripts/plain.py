@@ -187,7 +187,8 @@ class PlainDecoder:
         x = self.block(x, w.mid_block.resnets[0], e)
         if "attentions" in w.mid_block:
             x = self.attention(x, w.mid_block.attentions[0])
-        x = self.block(x, w.mid_block.resnets[1], e)
+        for j in range(self.config.mid_block_layers):
+            x = self.block(x, w.mid_block.resnets[1 + j], e)
         for i in range(len(self.config.block_out_channels)):
             for j in range(self.config.layers_per_block + 1):
                 x = self.block(x, w.up_blocks[i].resnets[j], e)

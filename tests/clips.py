@@ -45,7 +45,7 @@ def restored(clip: vs.VideoNode, networks, budget: int = 1 << 30, cache_dir: Pat
 
     look = look_now(clip)
     restorer = Restorer(clip, networks, budget, cache_dir, 1 << 40)
-    return finished(restorer, clip, look, (4 * clip.width, 4 * clip.height)), restorer
+    return finished(restorer.clip, clip, look, (4 * clip.width, 4 * clip.height)), restorer
 
 
 def digest(frame: vs.VideoFrame) -> str:

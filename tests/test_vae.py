@@ -257,12 +257,25 @@ def test_no_attention_where_it_is_left_out():
         ({"use_quant_conv": False}, "use_quant_conv must be True, got False"),
         ({"shift_factor": 0.1}, "unknown setting shift_factor = 0.1"),
         ({"up_block_types": ["UpDecoderBlock3D"] * 2}, "one entry for each of the 3"),
+        ({"mid_block_layers": 0}, "mid_block_layers must be at least 1, got 0"),
         ({"up_block_types": ["UpDecoderBlock4D"] * 3}, "unknown block type 'UpDecoderBlock4D'; known: UpDec"),
     ],
 )
 def test_configurations_it_would_not_compute_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         VAEConfig.from_dict(SMALL | change)
+
+
+def test_a_deeper_middle_changes_nothing_until_it_is_trained(video):
+    deep, fresh = VAE(VAEConfig.from_dict(VIDEO | {"mid_block_layers": 4})), video.state_dict()
+    grown = deep.load_state_dict(fresh, strict=False)
+    assert {name.split(".")[3] for name in grown.missing_keys} == {"2", "3", "4"} and not grown.unexpected_keys
+    z, low = torch.randn(1, 4, 3, 5, 6), torch.randn(1, 3, 3, 5, 6)
+    close(deep.requires_grad_(False).decode(z, low), video.decode(z, low))
+    torch.nn.init.normal_(deep.decoder.mid_block.resnets[4].conv2.weight, std=0.1)
+    assert differs(deep.decode(z, low), video.decode(z, low))
+    same = VAE(VAEConfig.from_dict(VIDEO | {"mid_block_layers": 4})).encoder.state_dict()
+    assert same.keys() == video.encoder.state_dict().keys()
 
 
 def test_block_types_may_be_left_out():

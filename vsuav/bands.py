@@ -103,7 +103,8 @@ class Activation:
             for n in range(self.x.shape[2]):
                 frame = self.x[:, :, n : n + 1]
                 frame.copy_(clip(block.attentions[0](frames(frame.to(self.device))), 1))
-        self.residual(block.resnets[1], e)
+        for each in block.resnets[1:]:
+            self.residual(each, e)
 
     def stage(self, stage: Stage, e: Tensor | None) -> None:
         for block in stage.resnets:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vsuav.disk import Disk
+from vsuav.ensemble import averaged
 from vsuav.flow import origins
 from vsuav.networks import Networks
 from vsuav.plan import BLOCK, Key, Plan, Task, cone, front, plan_block, plan_latents, working_set
@@ -247,8 +248,12 @@ def restore(frames: Tensor, networks: Networks, shots: Shots | None = None, cach
     Returns:
         "t 3 4h 4w", float32 in [0, 1].
     """
+    shots = shots or Shots(len(frames), prompt_at=networks.settings.prompt_at)
+    return averaged(partial(_restored, networks, shots, cache_mib), frames, networks.settings.ensemble)
+
+
+def _restored(networks: Networks, shots: Shots, cache_mib: int, frames: Tensor) -> Tensor:
     length, _, height, width = frames.shape
-    shots = shots or Shots(length, prompt_at=networks.settings.prompt_at)
     engine = Engine(networks, Store(cache_mib << 20))
     engine.store.raise_budget(engine.working_set(height, width))
     sources = dict(enumerate(frames.float().contiguous()))

@@ -1,6 +1,6 @@
 """VapourSynth clips and frames ↔ tensors: formats, matrices, ranges, frame properties."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,6 +99,18 @@ def to_rgb(clip: vs.VideoNode, look: Look) -> vs.VideoNode:
         return vs.core.std.ShufflePlanes(gray, [0, 0, 0], vs.RGB).std.SetFrameProps(_Matrix=0)
     matrix = {} if look.matrix is None else {"matrix_in": look.matrix}
     return clip.resize.Bicubic(format=vs.RGBS, range_in=look.range, range=int(vs.RANGE_FULL), **matrix)
+
+
+def mirrored(clip: vs.VideoNode, axes: Collection[int]) -> vs.VideoNode:
+    """`clip` mirrored along `axes`, -1 the horizontal and -2 the vertical one; twice is not at all."""
+    if -2 in axes:
+        clip = clip.std.FlipVertical()
+    return clip.std.FlipHorizontal() if -1 in axes else clip
+
+
+def mean(clips: list[vs.VideoNode]) -> vs.VideoNode:
+    """The mean of clips, with the frame properties of the first."""
+    return vs.core.std.AverageFrames(clips, [1] * len(clips)) if len(clips) > 1 else clips[0]
 
 
 def luma(rgb: vs.VideoNode) -> vs.VideoNode:

@@ -76,7 +76,7 @@ class Price:
         s = self.settings
         every = [f"{name}={value!r}" for name, value in (
             ("steps", s.steps), ("solver", s.solver), ("guidance_scale", s.guidance_scale),
-            ("propagation_steps", s.propagation_steps), ("flow", s.flow), ("tile", s.tile),
+            ("propagation_steps", s.propagation_steps), ("flow", s.flow), ("ensemble", s.ensemble), ("tile", s.tile),
         )]  # fmt: skip
         pieces = f" of {self.tiles} tiles each" if self.tiles > 1 else ""
         return [
@@ -107,13 +107,14 @@ def price(video: Video, span: range, given: Mapping[str, Any]) -> Price:
     guided = sum(settings.guided(timestep) for timestep in networks.sampler.timesteps)
     total = windows * len(cover) * (guided * piece["guided"] + (settings.steps - guided) * piece["plain"])
     total += count / min(count, CHUNK) * chunk + (count - 1) * between
-    kept = Engine(networks, Store(0)).working_set(height, width)
+    kept = Engine(networks, Store(0)).working_set(height, width) * settings.ensemble
     memory = _peak(settings.device)
     if settings.device == "cpu":
         measured = min(tile[0] * tile[1], LARGEST[0] * LARGEST[1])
-        results = KEPT_BLOCKS * BLOCK * 16 * height * width * 3 * 4
+        results = settings.ensemble * KEPT_BLOCKS * BLOCK * 16 * height * width * 3 * 4
         memory = round(began + (memory - began) * tile[0] * tile[1] / measured + kept + results)
-    return Price(count, (width, height), settings, windows * settings.steps, len(cover), total, memory, kept)
+    calls = windows * settings.steps * settings.ensemble
+    return Price(count, (width, height), settings, calls, len(cover), total * settings.ensemble, memory, kept)
 
 
 def _peak(device: str) -> int:

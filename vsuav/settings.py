@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from vsuav.ensemble import MIRRORS
+
 MAX_NOISE_LEVEL = 350
 SOLVERS = ("ddim", "dpm++2m", "unipc")
 SPACINGS = ("leading", "trailing")
@@ -50,12 +52,14 @@ NOT_IN_DIGEST = frozenset(
         "video_vae",
         "tiny_vae",
         "color_fix",
+        "ensemble",
         "scene_detect",
         "scene_threshold",
         "max_shot",
     }
 )
-"""Prompts and cuts are keyed frame by frame, device and threads with the networks; the decoder comes after latents."""
+"""Prompts, cuts and mirrored frames are keyed frame by frame, device and threads with the networks; the decoder comes
+after latents."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Settings:
     video_vae: bool = True
     tiny_vae: bool = False
     color_fix: str = "none"
+    ensemble: int = 1
     scene_detect: bool = True
     scene_threshold: float = 0.1
     max_shot: int | None = None
@@ -170,6 +175,8 @@ def check(settings: Settings) -> Settings:
     values["propagation_steps"] = tuple(
         sorted({_integer("propagation_steps", index, 0, values["steps"] - 1, "each of ") for index in indices})
     )
+    copies = isinstance(s.ensemble, int) and not isinstance(s.ensemble, bool) and s.ensemble in MIRRORS
+    _require(copies, f"ensemble must be one of {', '.join(map(str, MIRRORS))}", s.ensemble)
     if s.max_shot is not None:
         shot = _integer("max_shot", s.max_shot, 24, 10**9)
         _require(shot % 6 == 0, "max_shot must be a multiple of 6, at least 24", shot)

@@ -38,6 +38,7 @@ class VAEConfig:
     A decoder block named `UpDecoderBlock3D_plus` has 3-D layers; where the first block has, so do the middle block and
     the condition's. `bicubic_skip` adds the low-resolution clip, enlarged four times, to the decoder's output.
     `unshuffle`: the finest level works on blocks of so many pixels a side as channels, which spares the full size.
+    `mid_block_layers`: residual blocks of the decoder's middle behind its attention; those from the second on are 2-D.
     `fading`: the last number of a latent says where the input's colour is to go, see `without_colour`.
     `num_class_embeds`: a decoder that knows the noise level has a table of so many levels, as the U-Net has.
     """
@@ -53,6 +54,7 @@ class VAEConfig:
     condition_img: bool = False
     condition_channels: int = 128
     mid_block_add_attention: bool = True
+    mid_block_layers: int = 1
     bicubic_skip: bool = False
     unshuffle: int = 1
     fading: bool = False
@@ -77,6 +79,8 @@ class VAEConfig:
                 f"block_out_channels, got {self.up_block_types}"
             )
         known = ("UpDecoderBlock2D", "UpDecoderBlock3D", "UpDecoderBlock3D_plus")
+        if self.mid_block_layers < 1:
+            raise ValueError(f"VAEConfig: mid_block_layers must be at least 1, got {self.mid_block_layers}")
         for kind in self.up_block_types:
             if kind not in known:
                 raise ValueError(f"VAEConfig: unknown block type {kind!r}; known: {', '.join(known)}")
@@ -124,11 +128,14 @@ class PixelAttention(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention, residual block."""
+    """Residual block, attention, residual blocks; those from the third on change nothing when they are fresh."""
 
-    def __init__(self, channels: int, config: VAEConfig, plus: bool, emb: int | None = None):
+    def __init__(self, channels: int, config: VAEConfig, plus: bool, emb: int | None = None, layers: int = 1):
         super().__init__()
-        self.resnets = nn.ModuleList(residual(channels, channels, config, plus, emb=emb) for _ in range(2))
+        kinds = [plus] * 2 + [False] * (layers - 1)
+        self.resnets = nn.ModuleList(residual(channels, channels, config, kind, emb=emb) for kind in kinds)
+        for block in self.resnets[2:]:
+            zeroed(block.conv2)
         if config.mid_block_add_attention:
             self.attentions = nn.ModuleList([PixelAttention(channels, config.norm_num_groups)])
 
@@ -136,7 +143,9 @@ class Middle(nn.Module):
         x = self.resnets[0](x, e)
         if hasattr(self, "attentions"):
             x = clip(self.attentions[0](frames(x)), x.shape[2])
-        return self.resnets[1](x, e)
+        for block in self.resnets[1:]:
+            x = block(x, e)
+        return x
 
 
 class Stage(nn.Module):
@@ -216,7 +225,7 @@ class Decoder(nn.Module):
                 residual(c, c, config, plus[0]),
             )
             self.condition_fuse = ConditionFuse(c, widths[0], config)
-        self.mid_block = Middle(widths[0], config, plus[0], emb)
+        self.mid_block = Middle(widths[0], config, plus[0], emb, config.mid_block_layers)
         self.up_blocks = nn.ModuleList(
             Stage(widths[max(i - 1, 0)], out, layers, config, plus=plus[i], up=i < len(widths) - 1, emb=emb)
             for i, out in enumerate(widths)

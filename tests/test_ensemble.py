@@ -1,0 +1,82 @@
+"""Self-ensemble, by engine and plugin, beside means of mirrored clips made with VapourSynth's own filters."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import toy
+import vapoursynth as vs
+from clips import ask, clip_of, pixels
+from fakes import Fake
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vsuav import upscale
+from vsuav.engine import restore
+from vsuav.networks import Networks, choose
+from vsuav.settings import Settings
+
+OPTIONS = {"steps": 1, "dtype": "float32", "threads": 1}
+FLIPS = {
+    2: (lambda c: c, lambda c: c.std.FlipHorizontal()),
+    4: (lambda c: c, lambda c: c.std.FlipHorizontal(), lambda c: c.std.FlipVertical(), lambda c: c.std.Turn180()),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return toy.write(tmp_path_factory.mktemp("toy") / "model")
+
+
+def picture(clip: vs.VideoNode, n: int) -> np.ndarray:
+    frame = clip.get_frame(n)
+    return np.stack([np.asarray(frame[plane]) for plane in range(3)])
+
+
+@pytest.mark.parametrize("copies", FLIPS)
+def test_it_is_the_mean_of_mirrored_restorations(model, copies):
+    source = clip_of(pixels(8, 18, 14))
+    result = upscale(source, model, ensemble=copies, **OPTIONS)
+    alone = [flip(upscale(flip(source), model, **OPTIONS)) for flip in FLIPS[copies]]
+    for n in (0, 5, 7):
+        np.testing.assert_allclose(picture(result, n), np.mean([picture(c, n) for c in alone], axis=0), atol=2e-7)
+    assert np.abs(picture(result, 5) - picture(alone[0], 5)).max() > 1e-4
+    assert result.get_frame(5).props["number"] == 5
+
+
+def test_frames_are_the_same_in_any_order(model):
+    clip = clip_of(pixels(20, 10, 8))
+    frames = [ask(upscale(clip, model, ensemble=4, **OPTIONS), order) for order in ("linear", "random", "reverse")]
+    assert frames[0] == frames[1] == frames[2]
+
+
+def test_engine_and_plugin_agree(model):
+    data = pixels(7, 12, 10)
+    models, settings = choose({"model": model, "ensemble": 4, "scene_detect": False, **OPTIONS}, 12, 10)
+    wanted = restore(torch.from_numpy(data) * 2 - 1, Networks(models, settings))
+    result = upscale(clip_of(data, None), model, ensemble=4, scene_detect=False, **OPTIONS)
+    for n in range(7):
+        np.testing.assert_allclose(picture(result, n), wanted[n].numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("format", [vs.YUV420P8, vs.GRAY16, vs.RGB24])
+def test_other_formats(model, format):
+    source = vs.core.std.BlankClip(format=format, width=16, height=12, length=2)
+    source = source.std.SetFrameProps(_Matrix=6) if format == vs.YUV420P8 else source
+    frame = upscale(source, model, ensemble=2, **OPTIONS).get_frame(1)
+    assert (frame.format.id, frame.width, frame.height) == (format, 64, 48)
+
+
+@given(st.integers(0, 1000), st.sampled_from([(-1,), (-2,), (-2, -1)]))
+def test_the_mean_of_four_is_mirrored_with_its_input(seed, axes):
+    """Whatever the networks do: all four copies are there, and each comes back the way it went."""
+    networks = Fake(replace(Settings(steps=1), ensemble=4))
+    frames = torch.from_numpy(pixels(3, 6, 5, seed)) * 2 - 1
+    torch.testing.assert_close(restore(frames.flip(axes), networks), restore(frames, networks).flip(axes))
+
+
+def test_another_number_of_copies_is_one_clear_line(model):
+    with pytest.raises(vs.Error, match="^upscale: ensemble must be one of 1, 2, 4, got 3$"):
+        upscale(clip_of(pixels(2, 8, 8)), model, ensemble=3)
