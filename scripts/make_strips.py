@@ -104,9 +104,10 @@ STRIPS: dict[str, Callable[[vs.VideoNode], Strip]] = {
     ),
     "prompts": variants({f'"{text}"': {"prompt": text, "color_fix": "none"} for text in LOOKS}),
     "color-fix": variants({f'color_fix="{name}"': {"color_fix": name} for name in ("none", "adain", "wavelet")}),
+    "ensemble": variants({f"ensemble={n}": {"ensemble": n} for n in (1, 2, 4)}),
     "propagation": propagation,
 }
-COLUMNS = {"color-fix": 2, "propagation": 4}
+COLUMNS = {"color-fix": 2, "ensemble": 2, "propagation": 4}
 """Panels in a row, 3 unless said otherwise."""
 
 
