@@ -3,7 +3,8 @@
     python scripts/export.py runs/mini/vae_video.pt models/mini [--data data]
 
 Networks are stored as float16 safetensors; the states of the prompts the model was trained with go along, so that
-those prompts need no text encoder. Defaults and presets come from the training configuration's "model".
+those prompts need no text encoder. Defaults and presets come from the training configuration's "model". A model that
+began as a folder (`train.py --init FOLDER`) gets that folder's text encoder as well.
 """
 
 import argparse
@@ -32,7 +33,11 @@ def export(source: Path, target: Path, prompts: Path, config: dict | None = None
         save_file(kept, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     for name in ("scheduler", "low_res_scheduler"):
         (target / name).mkdir(exist_ok=True)
-        (target / name / "scheduler_config.json").write_text(json.dumps(config["scheduler"], indent=2) + "\n")
+        schedule = config.get(name, config["scheduler"])
+        (target / name / "scheduler_config.json").write_text(json.dumps(schedule, indent=2) + "\n")
+    for name in ("tokenizer", "text_encoder"):
+        if "folder" in config and (Path(config["folder"]) / name).is_dir():
+            shutil.copytree(Path(config["folder"]) / name, target / name, dirs_exist_ok=True)
     index = {"_class_name": "VsuavPipeline", "vsuav": config["model"]}
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     shutil.copyfile(prompts, target / "prompts.safetensors")
@@ -48,7 +53,9 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="take defaults and presets from here, not from the weights file")
     args = parser.parse_args()
     config = json.loads(args.config.read_text()) if args.config else None
-    size = export(args.weights, args.target, args.data / "prompts.safetensors", config)
+    beside = args.weights.with_name("prompts.safetensors")
+    prompts = beside if beside.is_file() else args.data / "prompts.safetensors"
+    size = export(args.weights, args.target, prompts, config)
     print(f"{args.target}: {size / 1e6:.1f} MB of weights")
 
 

@@ -17,8 +17,12 @@ A step is a pure function of the weights, the optimizer and the step's number: t
 (seed, stage, step, process). So a run that is stopped and resumed gives the same bits as one that was not. Runs on one
 CPU thread or, through `accelerate launch`, on many GPUs.
 
-    python scripts/train.py temporal --init FOLDER …      starts from any model folder vsuav can load: an inflated
-                                                          Stable Diffusion x4 upscaler, the released one, a bundled one
+    python scripts/train.py temporal --config scripts/large.json --init FOLDER …
+
+starts from any model folder vsuav can load (an inflated Stable Diffusion x4 upscaler, the released one, the bundled
+one): networks, schedules and prompts' states are the folder's, the configuration only says how to train. Stages
+without a "sampler" train as the paper does, `temporal` by v-prediction at any noise, `vae_video` on the encoder's own
+latents. The next stage goes on from OUT, without `--init`.
 """
 
 import argparse
@@ -36,6 +40,7 @@ import cv2
 import numpy as np
 import torch
 from accelerate import Accelerator
+from adopt import DESCRIBED, adopt
 from degrade import CLEAN, blur, degrade
 from fastnorm import speed_up
 from linear_code import encode
@@ -43,11 +48,10 @@ from perceptual import STLPIPS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from vsuav.checkpoint import load
 from vsuav.flow import DIS, valid, warp
 from vsuav.layers import lay_out
 from vsuav.schedule import Sampler, Schedule
-from vsuav.text import read_prompts
+from vsuav.text import read_prompts, write_prompts
 from vsuav.unet import UNetConfig, UNetVideo, set_temporal, temporal_parameters
 from vsuav.vae import VAE, VAEConfig
 
@@ -143,14 +147,20 @@ class Learner(nn.Module):
     """The networks and the losses of every stage. `forward` gives the losses of one batch, their sum as "loss"."""
 
     def __init__(
-        self, networks: dict[str, nn.Module], schedule: Schedule, stage: dict, name: str, states: Tensor, basis: Tensor
-    ):
+        self, networks: dict[str, nn.Module], schedule: Schedule, stage: dict, name: str, states: Tensor,
+        basis: Tensor, low_res_schedule: Schedule | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.unet, self.vae, self.vae_video = (networks[key] for key in NETWORKS)
         self.schedule, self.stage, self.name = schedule, stage, name
         self.register_buffer("states", states, persistent=False)
         self.register_buffer("basis", basis, persistent=False)
         self.register_buffer("alphas", schedule.alphas_cumprod.clone(), persistent=False)
+        noise = (low_res_schedule or schedule).alphas_cumprod
+        self.register_buffer("low_res_alphas", noise.clone(), persistent=False)
+        self.diffusion = name == "unet" or (name == "temporal" and "sampler" not in stage)
+        if self.diffusion and schedule.prediction_type != "v_prediction":
+            raise ValueError(f"train: {name} needs a model of v_prediction, got {schedule.prediction_type}")
         self.perceptual: list[nn.Module] = []
         set_temporal(self.unet, name in ("temporal", "vae_video"))
 
@@ -209,7 +219,7 @@ class Learner(nn.Module):
         return self.unet(x, timestep, lr, self.states[prompt], level).float()
 
     def noised(self, lr: Tensor, level: Tensor) -> Tensor:
-        a = self.alphas[level].view(-1, 1, 1, 1, 1)
+        a = self.low_res_alphas[level].view(-1, 1, 1, 1, 1)
         return a.sqrt() * lr + (1 - a).sqrt() * torch.randn_like(lr)
 
     def visit(self, batch: dict, sampler: Sampler, stop: int, lr: Tensor, level: Tensor, shape: Tensor) -> Tensor:
@@ -222,7 +232,8 @@ class Learner(nn.Module):
         return x
 
     def forward(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        return getattr(self, f"loss_{self.name}")(batch, step / self.stage["steps"])
+        name = "unet" if self.diffusion else self.name
+        return getattr(self, f"loss_{name}")(batch, step / self.stage["steps"])
 
     def loss_vae(self, batch: dict, progress: float) -> dict[str, Tensor]:
         z = self.code(batch)
@@ -261,6 +272,8 @@ class Learner(nn.Module):
         with torch.no_grad():
             z = self.code(batch)
         level = self.level(len(z))
+        if "sampler" not in self.stage:
+            return z, z, 1.0, level
         counts, weights = self.stage["sampler"]["steps"], self.stage["sampler"]["weights"]
         count = counts[int(torch.multinomial(torch.tensor(weights, dtype=torch.float), 1))]
         sampler = Sampler(self.schedule, count, "ddim", "trailing")
@@ -360,7 +373,7 @@ def build(config: dict) -> dict[str, nn.Module]:
     networks |= {key: VAE(VAEConfig.from_dict(config[key])) for key in ("vae", "vae_video")}
     with torch.no_grad():
         networks["unet"].class_embedding.weight.zero_()
-        latents = config["vae"]["latent_channels"]
+        latents = networks["vae"].config.latent_channels
         networks["unet"].conv_in.weight[:, :latents] *= 0.05  # noise drowns the picture at first otherwise
         networks["unet"].conv_in.weight[:, latents:] *= 5
         for name, p in networks["vae_video"].named_parameters():
@@ -383,17 +396,28 @@ def share_encoder(image: dict[str, Tensor], video: dict[str, Tensor]) -> None:
             video[name] = image[name].clone()
 
 
-def give(networks: dict[str, nn.Module], source: Path) -> None:
-    """Fill the networks from a weights file of this script, or from a model folder of any kind vsuav loads."""
-    if source.is_dir():
-        models = load(source)
-        found = {"unet": models.unet, "vae": models.vae, "vae_video": models.video_vae or models.vae}
+def begin(
+    config: dict, before: Path | None, data: Path, out: Path, main: bool
+) -> tuple[dict, dict[str, nn.Module], Tensor]:
+    """The configuration, the networks and the states of `PROMPTS` that a stage starts with.
+
+    before: weights file of this script, or a model folder, which then is what the configuration says of the model.
+    """
+    prompts = out / "prompts.safetensors"
+    if before is not None and before.is_dir():
+        described, networks, text = adopt(before)
+        if main:
+            write_prompts(prompts, text, list(PROMPTS))
+        return config | described, networks, torch.stack([text.encode(p) for p in PROMPTS])
+    saved = None if before is None else torch.load(before, map_location="cpu", weights_only=True)
+    if saved is not None and "folder" in saved["config"]:
+        config = config | {name: saved["config"][name] for name in DESCRIBED}
+    networks = build(config)
+    if saved is not None:
         for key, network in networks.items():
-            network.load_state_dict(found[key].state_dict())
-        return
-    saved = torch.load(source, map_location="cpu", weights_only=True)["weights"]
-    for key, network in networks.items():
-        network.load_state_dict(saved[key])
+            network.load_state_dict(saved["weights"][key])
+    states = read_prompts(prompts if "folder" in config else data / "prompts.safetensors")
+    return config, networks, torch.stack([states[p] for p in PROMPTS])
 
 
 def write_atomically(path: Path, content: Any) -> None:
@@ -419,19 +443,12 @@ def train(
         raise ValueError(f"train: stage must be one of {', '.join(stages)}, got {name!r}")
     stage = {**stages[name], **({"steps": steps} if steps else {})}
     accelerator = Accelerator(mixed_precision=config.get("precision", "bf16"), cpu=not torch.cuda.is_available())
-    networks = build(config)
     before = init or next((out / f"{s}.pt" for s in stage.get("after", []) if (out / f"{s}.pt").exists()), None)
-    if before is not None:
-        give(networks, before)
-    states = read_prompts(data / "prompts.safetensors")
-    learner = Learner(
-        networks,
-        Schedule.from_config(config["scheduler"]),
-        stage,
-        stage.get("as", name),
-        torch.stack([states[p] for p in PROMPTS]),
-        torch.from_numpy(np.load(data / "basis.npy")),
-    )
+    out.mkdir(parents=True, exist_ok=True)
+    config, networks, states = begin(config, before, data, out, accelerator.is_main_process)
+    schedules = [Schedule.from_config(config.get(k, config["scheduler"])) for k in ("scheduler", "low_res_scheduler")]
+    basis = torch.from_numpy(np.load(data / "basis.npy"))
+    learner = Learner(networks, schedules[0], stage, stage.get("as", name), states, basis, schedules[1])
     groups = learner.trainable()
     learner.requires_grad_(False)
     parameters = dict(learner.named_parameters())
@@ -440,7 +457,7 @@ def train(
         p.requires_grad_(True)
     lay_out(learner)
     speed_up(learner)
-    if learner.name != "unet" and config.get("stlpips") is not False:
+    if not learner.diffusion and config.get("stlpips") is not False:
         learner.perceptual.append(STLPIPS(config.get("stlpips") or data / "packages").to(accelerator.device))
     optimizer = torch.optim.AdamW(
         [{"params": [parameters[n] for n in names], "base": stage["rates"][g]} for g, names in groups.items()],
@@ -448,7 +465,6 @@ def train(
     )  # fmt: skip
     average = Average(trained, stage.get("ema", 0.998))
     wrapped, optimizer = accelerator.prepare(learner, optimizer)
-    out.mkdir(parents=True, exist_ok=True)
     start, checkpoint = 0, out / f"{name}.state.pt"
     if resume and checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -476,7 +492,8 @@ def train(
                 key, _, rest = full.partition(".")
                 if rest.endswith("class_embedding.weight"):
                     fill_levels(weights[key][rest])
-            share_encoder(weights["vae"], weights["vae_video"])
+            if "folder" not in config:
+                share_encoder(weights["vae"], weights["vae_video"])
             write_atomically(target, {"weights": weights, "stage": name, "step": step, "config": config})
         return target
 
@@ -558,7 +575,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("mini.json"))
     parser.add_argument("--data", type=Path, default=Path("data"), help="what make_data.py wrote")
     parser.add_argument("--out", type=Path, default=Path("runs/mini"))
-    parser.add_argument("--init", type=Path, help="start from this weights file or model folder")
+    parser.add_argument("--init", type=Path, help="start from this weights file or this model folder")
     parser.add_argument("--steps", type=int, help="length of the stage, instead of the config's")
     parser.add_argument("--resume", action="store_true", help="go on where this stage was stopped")
     parser.add_argument("--save-every", type=int, default=500)
