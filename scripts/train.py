@@ -11,7 +11,7 @@
 
 A stage of the configuration may have any name where its "as" says which of these it is (in mini.json `settle`,
 `refine`, `tell` and `refresh` are `fewstep` again, `steady`, `steadier`, `faithful`, `steadiest` and
-`sharper` are `temporal`, and `encoder` is `vae` with the encoder alone).
+`sharper` are `temporal`, `deepen` and `polish` are `vae_video`, and `encoder` is `vae` with the encoder alone).
 
 A step is a pure function of the weights, the optimizer and the step's number: the batch and all noise are seeded by
 (seed, stage, step, process). So a run that is stopped and resumed gives the same bits as one that was not. Runs on one
