@@ -52,6 +52,15 @@ def test_frames_are_the_same_in_any_order(model):
     assert frames[0] == frames[1] == frames[2]
 
 
+def test_latents_kept_on_disk_change_nothing(model, tmp_path):
+    clip = clip_of(pixels(8, 10, 8))
+    wanted = ask(upscale(clip, model, ensemble=2, **OPTIONS), "linear")
+    kept = [ask(upscale(clip, model, ensemble=2, cache_dir=tmp_path, **OPTIONS), "random") for _ in range(2)]
+    assert kept == [wanted, wanted]
+    alone = ask(upscale(clip, model, cache_dir=tmp_path, **OPTIONS), "linear")
+    assert alone == ask(upscale(clip, model, **OPTIONS), "linear") != wanted
+
+
 def test_engine_and_plugin_agree(model):
     data = pixels(7, 12, 10)
     models, settings = choose({"model": model, "ensemble": 4, "scene_detect": False, **OPTIONS}, 12, 10)

@@ -83,7 +83,7 @@ class Price:
             ("clip", f"{self.frames} frames, {self.size[0]}x{self.size[1]} -> {4 * self.size[0]}x{4 * self.size[1]}"),
             ("settings", ", ".join(every)),
             ("device", f"{s.device}, {s.dtype}, {s.threads} threads"),
-            ("U-Net windows", f"{self.calls}{pieces} (one shot; every cut adds at most {2 * s.steps})"),
+            ("U-Net windows", f"{self.calls}{pieces} (one shot; every cut adds at most {2 * s.steps * s.ensemble})"),
             ("time", f"about {_clock(self.seconds)}, {self.seconds / self.frames:.2f} s a frame, encoding not counted"),
             ("memory", f"about {_gib(self.memory)}, {_gib(self.kept)} of it latents"),
         ]

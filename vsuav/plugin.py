@@ -100,8 +100,8 @@ def upscale(
         video_vae: decode with the video decoder (False: the image decoder).
         tiny_vae: decode with the tiny decoder in the model's folder `vae_tiny`: faster, coarser.
         color_fix: `none`, `adain` or `wavelet`: brings colours back to the input's.
-        ensemble: 1, 2 or 4: the mean of so many mirrored restorations. Closer to the input's truth, a little softer, as
-            many times slower.
+        ensemble: 1, 2 or 4: the mean of so many mirrored restorations; nearer to the truth, a little softer, as many
+            times slower.
         scale: 1…4; below 4 the result is downscaled.
         width, height: size of the result instead of `scale`; one of them keeps the shape of the picture.
         scene_detect: False takes the clip as one shot (prompts and `max_shot` still cut).
