@@ -4,6 +4,7 @@ Any folder `vsuav` can load: an image upscaler (its U-Net gets temporal layers, 
 condition, all of which change nothing at first), a released Upscale-A-Video, or a model of this project.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,7 @@ def adopt(folder: Path) -> tuple[dict[str, Any], dict[str, nn.Module], TextEncod
     """What a configuration has to say of the model in `folder`, its networks in float32, and its text encoder."""
     models, parts = load(folder), find_parts(folder)
     image, video = (parts[name].config if name in parts else None for name in ("vae", "video_vae"))
-    networks = {"unet": models.unet, "vae": models.vae or models.video_vae}
-    networks["vae_video"] = models.video_vae
+    networks = {"unet": models.unet, "vae": models.vae, "vae_video": models.video_vae}
     if models.video_vae is None:
         video = image | {
             "up_block_types": ["UpDecoderBlock3D_plus"] * len(models.vae.config.block_out_channels),
@@ -33,8 +33,7 @@ def adopt(folder: Path) -> tuple[dict[str, Any], dict[str, nn.Module], TextEncod
         networks["vae_video"] = grown(models, VAEConfig.from_dict(video))
     elif models.vae is None:
         image = video
-        networks["vae"] = VAE(models.video_vae.config)
-        networks["vae"].load_state_dict(models.video_vae.state_dict())
+        networks["vae"] = copy.deepcopy(models.video_vae)
     unet = parts["unet"].config
     if models.kind == "sd-x4":
         unet = {"temporal_norm_num_groups": models.unet.config.temporal_norm_num_groups} | unet

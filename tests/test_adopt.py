@@ -1,6 +1,7 @@
 """Training that begins with a model folder: an image upscaler, the released layout, the bundled one, at toy size."""
 
 import json
+import shutil
 from pathlib import Path
 
 import layouts
@@ -10,6 +11,7 @@ import torch
 from adopt import adopt
 from export import export
 from test_text import write_clip
+from test_train import weights
 from train import PROMPTS, train
 
 from vsuav.checkpoint import load
@@ -47,11 +49,6 @@ def model(request, tmp_path_factory) -> Path:
     return folder
 
 
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    saved = torch.load(path, weights_only=True)["weights"]
-    return {f"{part}.{name}": value for part, state in saved.items() for name, value in state.items()}
-
-
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
     assert before.keys() == after.keys()
     return {name for name in before if not torch.equal(before[name], after[name])}
@@ -79,12 +76,21 @@ def test_a_folder_is_trained_on_and_comes_out_as_a_folder(model, data, tmp_path)
     assert (tmp_path / "new" / "text_encoder").is_dir() == (model / "text_encoder").is_dir()
 
 
-def test_an_image_decoder_grows_without_changing(data, tmp_path):
+def test_an_image_decoder_grows_without_changing(tmp_path):
     layouts.write_image(tmp_path)
     _, networks, _ = adopt(tmp_path)
     z, low = torch.randn(1, 4, 3, 5, 6), torch.randn(1, 3, 3, 5, 6)
     with torch.no_grad():
         torch.testing.assert_close(networks["vae_video"].decode(z, low), networks["vae"].decode(z))
+
+
+def test_a_folder_with_the_video_decoder_alone(tmp_path):
+    folder = layouts.write_diffusers(tmp_path / "model")
+    shutil.rmtree(folder / "vae")
+    described, networks, _ = adopt(folder)
+    assert described["vae"] == described["vae_video"] and networks["vae"] is not networks["vae_video"]
+    same = networks["vae_video"].state_dict()
+    assert all(torch.equal(value, same[name]) for name, value in networks["vae"].state_dict().items())
 
 
 def test_noise_prediction_is_refused(data, tmp_path):
