@@ -67,7 +67,8 @@ TABLES = {
     "memory": ("Memory", {"what": "{what}", "input": "{input}", "MiB": "{mib:.0f}"}),
     "quality": (
         "What speed costs",
-        {"what": "{what}", "U-Net calls a window": "{calls}", "ms a frame": "{ms:.1f}", "PSNR-Y": "{psnr_y:.2f}",
+        {"what": "{what}", "U-Net calls a window": "{calls}", "outer ring only": "{rings}",
+         "ms a frame": "{ms:.1f}", "PSNR-Y": "{psnr_y:.2f}",
          "stLPIPS-vgg": "{stlpips:.4f}", "E_warp": "{flicker:.3f}", "PSNR to 4 steps": "{few:.1f}",
          "to many steps": "{many:.1f}"},
     ),

@@ -21,7 +21,7 @@ from vsuav import color, frames, upscale
 from vsuav.checkpoint import Models
 from vsuav.engine import Engine, restore
 from vsuav.flow import DIS
-from vsuav.networks import Networks, choose, exact_arithmetic
+from vsuav.networks import Networks, choose, exact_arithmetic, recipe_of
 from vsuav.noise import Noise, frame_noise
 from vsuav.plan import BLOCK, Recipe, plan_block
 from vsuav.plugin import Restorer
@@ -48,9 +48,7 @@ class Nothing:
         width, height = size
         self.settings, self.latent_dtype, self.digest = settings, torch.float32, "nothing"
         self.sampler = Sampler(SCHEDULE, settings.steps, settings.solver, settings.spacing)
-        self.recipe = Recipe(
-            settings.steps, self.sampler.history, frozenset(settings.propagation_steps), settings.propagation_radius
-        )
+        self.recipe = recipe_of(settings, self.sampler)
         self.noise = Noise(settings.seed)
         self.worker = worker("cpu")
         self.latent_channels = 4
@@ -204,7 +202,7 @@ class Plain(Networks):
     def __init__(self, models: Models, settings: Settings, unet: PlainUNet, decoder: PlainDecoder):
         super().__init__(models, settings)
         self._unet = SimpleNamespace(prepare=lambda states: states)
-        self._call = unet
+        self._call = lambda *inputs: unet(*inputs[:5])  # no features are reused here
         self._decoder = decoder
 
 

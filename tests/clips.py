@@ -93,7 +93,9 @@ def case(kind: str, order: str, threads: int, budget: str, model: str = "", leng
 
         from vsuav.settings import Settings
 
-        settings = Settings(steps=4, solver="dpm++2m", propagation_steps=(1, 2), propagation_radius=4)
+        settings = Settings(
+            steps=4, solver="dpm++2m", propagation_steps=(1, 2), propagation_radius=4, reuse_steps=(2,)
+        )  # fmt: skip
         result, _ = restored(clip, Fake(settings), BUDGETS[budget])
     else:
         from vsuav import upscale

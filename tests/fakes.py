@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vsuav.networks import exact_arithmetic
+from vsuav.networks import exact_arithmetic, recipe_of
 from vsuav.noise import frame_noise
-from vsuav.plan import Recipe
 from vsuav.schedule import Sampler, Schedule
 from vsuav.settings import Settings
 from vsuav.turns import worker
@@ -33,9 +32,7 @@ class Fake:
         self.settings = settings
         self.latent_channels, self.latent_dtype = 4, latent_dtype
         self.sampler = Sampler(SCHEDULE, settings.steps, settings.solver, settings.spacing)
-        self.recipe = Recipe(
-            settings.steps, self.sampler.history, frozenset(settings.propagation_steps), settings.propagation_radius
-        )
+        self.recipe = recipe_of(settings, self.sampler)
         self.worker = worker("fake")
         self.digest = f"fake {settings.digest()} {latent_dtype}"
         self.windows: list[tuple[int, int, int]] = []
@@ -49,8 +46,9 @@ class Fake:
     def noise(self, stream: str, frame: int, shape: tuple[int, ...]) -> Tensor:
         return frame_noise(self.settings.seed, stream, frame, shape)
 
-    def window(self, step: int, frames: Sequence[int], latents, low_res, prompt: str) -> Tensor:
+    def window(self, step: int, frames: Sequence[int], latents, low_res, prompt: str, deep=None) -> Tensor:
         """Every frame of the result depends on its place in the window and on all of the window's frames."""
+        assert (deep is None) == (step not in self.recipe.reuse)
         self.windows.append((step, frames[0], frames[-1] + 1))
         x = torch.stack(list(latents)).float()
         clean = torch.stack(list(low_res)) + 0.1 * torch.stack(
@@ -59,7 +57,17 @@ class Fake:
         place = torch.linspace(0.5, 1.5, len(frames))[:, None, None, None]
         pull = sum(map(ord, prompt)) % 7 / 10 + self.sampler.timesteps[step] / 2000
         joint = (x * place).mean(0, keepdim=True) + clean.mean((0, 1))
+        if deep is not None:
+            joint = deep + 0.1 * joint
         return 0.6 * torch.sin(x + pull) + 0.3 * joint / place - 0.4 * clean.mean(1, keepdim=True)
+
+    def window_and_deep(self, step: int, frames: Sequence[int], latents, low_res, prompt: str):
+        """The deep features depend on the step and on all of the window's frames and latents."""
+        deep = torch.cos(torch.stack(list(latents)).float() + step).mean(0) + torch.stack(list(low_res)).mean((0, 1))
+        return self.window(step, frames, latents, low_res, prompt), deep
+
+    def deep_bytes(self, height: int, width: int) -> int:
+        return self.latent_channels * height * width
 
     def decode(self, frames: Sequence[int], latents, low_res) -> Tensor:
         """Nearest pixels of the input, shifted by a mean over the chunk's latents."""

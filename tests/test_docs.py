@@ -108,6 +108,7 @@ def mistakes(model, tmp_path_factory):
         lambda: upscale((rgb, rgb), model),
         lambda: upscale(rgb, model, noise_level=400),
         lambda: upscale(rgb, model, propagation_steps=[3]),
+        lambda: upscale(rgb, model, guidance_scale=3.0, guidance_interval=(0.0, 0.5), reuse_steps=[1, 2]),
         lambda: upscale(rgb, model, max_shot=25),
         lambda: upscale(rgb, model, device="cuda:9"),
         lambda: upscale(rgb, one_decoder, video_vae=False),

@@ -48,13 +48,18 @@ def reference_shot(frames, networks: Fake, a: int, b: int, prompt: str, whole: b
     x = torch.stack([networks.noise("latent", n, (4, *SIZE)) for n in shot]).to(networks.latent_dtype)
     flows = [networks.flow(low[i], low[i + 1]) for i in range(b - a - 1)]
     cleans: list[torch.Tensor] = []
+    deeps: dict[int, torch.Tensor] = {}
     for step in range(settings.steps):
         v = torch.zeros(b - a, 4, *SIZE)
         seen = set()
         firsts = [a] if b - a <= 8 else [min(max(6 * i, a), b - 8) for i in range(a // 6, (b - 1) // 6 + 1)]
         for first in firsts:
             span = range(first, min(first + 8, b))
-            predicted = networks.window(step, span, x[first - a : span.stop - a], frames[first : span.stop], prompt)
+            inputs = step, span, x[first - a : span.stop - a], frames[first : span.stop], prompt
+            if step in settings.reuse_steps:
+                predicted = networks.window(*inputs, deeps[first])
+            else:
+                predicted, deeps[first] = networks.window_and_deep(*inputs)
             predicted = predicted.to(networks.latent_dtype).float()
             for n in span:
                 old = v[n - a]
@@ -108,6 +113,8 @@ SETTINGS = {
     "ddim": Settings(steps=3, solver="ddim", propagation_steps=(1,), propagation_radius=4),
     "dpm++2m": Settings(steps=4, solver="dpm++2m", propagation_steps=(1, 3), propagation_radius=3),
     "unipc": Settings(steps=4, solver="unipc", propagation_steps=(2,), propagation_radius=5),
+    "reuse": Settings(steps=4, propagation_steps=(2,), propagation_radius=4, reuse_steps=(1, 2)),
+    "reuse, dpm++2m": Settings(steps=5, solver="dpm++2m", reuse_steps=(1, 3, 4)),
     "plain": Settings(steps=2),
     "one step": Settings(steps=1, propagation_steps=(0,)),
 }

@@ -49,6 +49,11 @@ class Naive:
             for first in grid:
                 last = min(first + 8, b)
                 key, reads = ("v", step, first, last), [("latent", step, n) for n in range(first, last)]
+                if step + 1 in recipe.reuse:
+                    deep = "deep", *key[1:]
+                    self._make(deep, (*deep, *(values[read] for read in reads)), reads, range(first, last))
+                earlier = [] if step not in recipe.reuse else reads_of_origin(step, recipe, first, last)
+                reads += earlier
                 self._make(key, (*key, *(values[read] for read in reads)), reads, range(first, last))
                 self.visits += 1
                 for n in range(first, last):
@@ -91,6 +96,11 @@ class Naive:
                 self.leaves[kind, step, m] = frozenset().union(*(self.leaves[read] for read in reads))
 
 
+def reads_of_origin(step: int, recipe: Recipe, first: int, last: int) -> list[tuple]:
+    """The deep features of the last step that is not in `reuse`."""
+    return [("deep", max(s for s in range(step) if s not in recipe.reuse), first, last)]
+
+
 def carry_out(task: Task, held: dict, recipe: Recipe) -> list[int]:
     """The symbols a task makes from those of its reads."""
     step = task.step
@@ -108,7 +118,9 @@ def carry_out(task: Task, held: dict, recipe: Recipe) -> list[int]:
 
     match task.kind:
         case "window":
-            return [hash((*task.makes[0], *(latent(n) for n in task.frames)))]
+            latents = [latent(n) for n in task.frames]
+            earlier = [held[key] for key in task.reads if key[0] == "deep"]
+            return [hash((*key, *latents, *(earlier if key[0] == "v" else ()))) for key in task.makes]
         case "flow":
             return [hash(task.makes[0])]
         case "x0":
@@ -146,6 +158,7 @@ def run(plan: Plan, held: dict, recipe: Recipe) -> None:
             held[key] = value
 
 
+NONE: frozenset[int] = frozenset()
 RECIPES = st.integers(1, 4).flatmap(
     lambda steps: st.builds(
         Recipe,
@@ -153,6 +166,7 @@ RECIPES = st.integers(1, 4).flatmap(
         st.integers(0, 2),
         st.frozensets(st.integers(0, steps - 1), max_size=2),
         st.integers(1, 18),
+        st.frozensets(st.integers(1, steps - 1)) if steps > 1 else st.just(NONE),
     )
 )
 CLIPS = st.integers(1, 70).flatmap(
@@ -184,7 +198,8 @@ def test_a_plan_makes_what_the_naive_loop_makes(clip, recipe, share, seed):
         assert held["frame", n] == naive.values["frame", n]
     windows = [task.makes[0] for task in plan.tasks if task.kind == "window"]
     assert plan.calls == len(windows) == len(set(windows))
-    assert not set(windows) & there.keys()
+    again = set(windows) & there.keys()
+    assert all(recipe.keeps(key[1]) and ("deep", *key[1:]) not in there for key in again)
     read = {n for task in plan.tasks if task.kind in ("window", "flow", "decode") for n in task.frames}
     assert plan.sources == read
 
@@ -311,7 +326,6 @@ def test_max_shot_bounds_a_cold_seek(length, steps, propagation):
         assert calls <= steps * 2 * len(range(0, 24 + 13, 6))
 
 
-NONE: frozenset[int] = frozenset()
 COLD_SEEKS = [
     (4, NONE, (20, 16, 16)),
     (4, frozenset({2}), (26, 34, 34)),
@@ -340,6 +354,10 @@ def test_a_linear_pass_costs_one_call_a_step_every_six_frames():
     assert set(counts[1:]) == {5}
 
 
+def frames_of(key) -> int:
+    return key[3] - key[2] if key[0] in ("v", "deep") else 1
+
+
 def passes(clip, recipe: Recipe, budget: float) -> int:
     """U-Net calls of a linear pass with a store of `budget` bytes, one byte a frame of everything."""
     shots, store, calls = shots_of(*clip), Store(budget), 0
@@ -354,7 +372,7 @@ def passes(clip, recipe: Recipe, budget: float) -> int:
         for task in plan.tasks:
             for key in task.makes:
                 if key[0] != "frame":
-                    store.put(key, torch.empty(key[3] - key[2] if key[0] == "v" else 1, dtype=torch.uint8))
+                    store.put(key, torch.empty(frames_of(key), dtype=torch.uint8))
     return calls
 
 
@@ -362,25 +380,32 @@ def passes(clip, recipe: Recipe, budget: float) -> int:
 @given(CLIPS, RECIPES)
 def test_the_working_set_of_a_linear_pass_suffices(clip, recipe):
     """With cuts anywhere, at most half as many calls again as with no limit; without cuts, hardly one more."""
-    budget = working_set(recipe, 1, 1, 1)
+    budget = working_set(recipe, 1, 1, 1, 1)
     calls = passes(clip, recipe, budget)
     assert calls <= 1.5 * passes(clip, recipe, 10**9)
     assert passes((clip[0], []), recipe, budget) <= 1.05 * passes((clip[0], []), recipe, 10**9) + 1
 
 
-@pytest.mark.parametrize("recipe", [Recipe(4, 0, frozenset({2})), Recipe(5, 1, frozenset({2, 3}))])
+THRASHING = [
+    Recipe(4, 0, frozenset({2})),
+    Recipe(5, 1, frozenset({2, 3})),
+    Recipe(4, 0, frozenset({2}), reuse=frozenset({1, 3})),
+]
+
+
+@pytest.mark.parametrize("recipe", THRASHING)
 def test_less_than_the_working_set_would_thrash(recipe):
     """It is no larger than it must be: a third of it costs half the calls again."""
     clip = (200, [])
-    assert passes(clip, recipe, working_set(recipe, 1, 1, 1) // 3) > 1.5 * passes(clip, recipe, 10**9)
+    assert passes(clip, recipe, working_set(recipe, 1, 1, 1, 1) // 3) > 1.5 * passes(clip, recipe, 10**9)
 
 
 @pytest.mark.parametrize("length", [100, 160])
 def test_what_a_linear_pass_carries_does_not_grow(length):
     """The front after the last block of a longer pass is the front of `front`, counted anew."""
-    recipe, made = Recipe(3, 1, frozenset({1})), set()
+    recipe, made = Recipe(3, 1, frozenset({1}), reuse=frozenset({2})), set()
     for block in range(length // BLOCK):
         plan = plan_block(block, recipe, Shots(1000), made.__contains__)
         made |= {key for task in plan.tasks for key in task.makes}
     held = [key for key in made if front(recipe).distance(key, block) == 0]
-    assert sum(key[3] - key[2] if key[0] == "v" else 1 for key in held) == front(recipe).frames.total()
+    assert sum(map(frames_of, held)) == front(recipe).frames.total()

@@ -66,8 +66,9 @@ class Engine:
     def working_set(self, height: int, width: int) -> int:
         """Bytes a linear pass over input frames of this size must keep to compute hardly anything twice."""
         pixels = height * width
-        numbers = self.networks.latent_channels * pixels
-        return working_set(self.networks.recipe, numbers * self.networks.latent_dtype.itemsize, 4 * numbers, 8 * pixels)
+        recipe, numbers = self.networks.recipe, self.networks.latent_channels * pixels
+        deep = self.networks.deep_bytes(height, width) if recipe.reuse else 0
+        return working_set(recipe, numbers * self.networks.latent_dtype.itemsize, 4 * numbers, 8 * pixels, deep)
 
     def run(
         self,
@@ -182,12 +183,16 @@ class Engine:
         shape = (self.networks.latent_channels, *like.shape[-2:])
         return self.networks.noise("latent", frame, shape).to(self.networks.latent_dtype)
 
-    def _window(self, task: Task, held, shots, sources) -> tuple[Tensor]:
+    def _window(self, task: Task, held, shots, sources) -> tuple[Tensor, ...]:
         low_res = [sources[n] for n in task.frames]
         latents = [self._latent(task.step, n, held, low_res[0]) for n in task.frames]
         prompt = shots.prompt(task.frames[0])
-        prediction = self.networks.window(task.step, task.frames, latents, low_res, prompt)
-        return (prediction.to(self.networks.latent_dtype),)
+        inputs = task.step, task.frames, latents, low_res, prompt
+        if self.networks.recipe.keeps(task.step):
+            prediction, deep = self.networks.window_and_deep(*inputs)
+            return prediction.to(self.networks.latent_dtype), deep
+        earlier = (held[key] for key in task.reads if key[0] == "deep")
+        return (self.networks.window(*inputs, *earlier).to(self.networks.latent_dtype),)
 
     def _flow(self, task: Task, held, shots, sources) -> tuple[Tensor]:
         """Where the pixels of each frame come from in the other, the first frame's before the second's: "2 h w"."""

@@ -76,7 +76,8 @@ class Price:
         s = self.settings
         every = [f"{name}={value!r}" for name, value in (
             ("steps", s.steps), ("solver", s.solver), ("guidance_scale", s.guidance_scale),
-            ("propagation_steps", s.propagation_steps), ("flow", s.flow), ("ensemble", s.ensemble), ("tile", s.tile),
+            ("propagation_steps", s.propagation_steps), ("reuse_steps", s.reuse_steps), ("flow", s.flow),
+            ("ensemble", s.ensemble), ("tile", s.tile),
         )]  # fmt: skip
         pieces = f" of {self.tiles} tiles each" if self.tiles > 1 else ""
         return [
@@ -104,8 +105,7 @@ def price(video: Video, span: range, given: Mapping[str, Any]) -> Price:
     began, count = _peak(settings.device), len(span)
     piece, chunk, between = networks.worker.run(lambda: _measured(networks, count, tile, (height, width)))
     windows = len({window(i, 0, count) for i in range((count - 1) // STRIDE + 1)})
-    guided = sum(settings.guided(timestep) for timestep in networks.sampler.timesteps)
-    total = windows * len(cover) * (guided * piece["guided"] + (settings.steps - guided) * piece["plain"])
+    total = windows * len(cover) * sum(piece[_kind(networks, step)] for step in range(settings.steps))
     total += count / min(count, CHUNK) * chunk + (count - 1) * between
     kept = Engine(networks, Store(0)).working_set(height, width) * settings.ensemble
     memory = _peak(settings.device)
@@ -124,17 +124,24 @@ def _peak(device: str) -> int:
     return torch.cuda.max_memory_allocated(device)
 
 
-def _measured(networks: Networks, count: int, tile: Size, size: Size) -> tuple[dict[str, float], float, float]:
-    """Seconds of a window of a tile with and without guidance, of a decoded chunk, and of the flow of a pair.
+def _kind(networks: Networks, step: int) -> tuple[bool, bool]:
+    """What a window of `step` costs depends on: whether it is guided, and whether it reuses deep features."""
+    return networks.settings.guided(networks.sampler.timesteps[step]), step in networks.recipe.reuse
+
+
+def _measured(
+    networks: Networks, count: int, tile: Size, size: Size
+) -> tuple[dict[tuple[bool, bool], float], float, float]:
+    """Seconds of a window of a tile by its kind, of a decoded chunk, and of the flow of a pair.
 
     In a clip of `count` frames; windows and chunks have no more.
     """
-    settings = networks.settings
-    pieces = {"guided": 0.0, "plain": 0.0}
+    settings, pieces = networks.settings, {}
     with networks.arithmetic():
-        for step, timestep in enumerate(networks.sampler.timesteps):
-            name = "guided" if settings.guided(timestep) else "plain"
-            pieces[name] = pieces[name] or _seconds(partial(_window, networks, step, count), tile, settings.device)
+        for step in range(settings.steps):
+            kind = _kind(networks, step)
+            if kind not in pieces:
+                pieces[kind] = _seconds(partial(_window, networks, step, count), tile, settings.device)
         decode, banded = partial(_decode, networks, count), band_rows(*size, settings.tile) < size[0]
         if settings.device == "cpu" and banded and size[0] * size[1] > LARGEST[0] * LARGEST[1]:
             decoding = _shortest(decode(LARGEST)) * size[0] * size[1] / (LARGEST[0] * LARGEST[1])
@@ -147,8 +154,10 @@ def _measured(networks: Networks, count: int, tile: Size, size: Size) -> tuple[d
 def _window(networks: Networks, step: int, count: int, size: Size) -> Callable[[], object]:
     frames = range(min(WINDOW, count))
     latents = list(_noise(len(frames), networks.latent_channels, size).to(networks.latent_dtype))
-    prompt = networks.settings.prompt_at(0)
-    return partial(networks.window, step, frames, latents, list(_noise(len(frames), 3, size)), prompt)
+    inputs = frames, latents, list(_noise(len(frames), 3, size)), networks.settings.prompt_at(0)
+    origin = networks.recipe.origin(step)
+    deep = () if origin == step else networks.window_and_deep(origin, *inputs)[1:]
+    return partial(networks.window, step, *inputs, *deep)
 
 
 def _decode(networks: Networks, count: int, size: Size) -> Callable[[], object]:

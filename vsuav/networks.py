@@ -127,6 +127,26 @@ def compiled(network: Callable[..., Tensor], how: str, device: torch.device) -> 
     return call
 
 
+def recipe_of(settings: Settings, sampler: Sampler) -> Recipe:
+    """What the planner knows of `settings`.
+
+    Raises:
+        ValueError: a guided step is to reuse the features of one without guidance.
+    """
+    recipe = Recipe(
+        settings.steps, sampler.history, frozenset(settings.propagation_steps), settings.propagation_radius,
+        frozenset(settings.reuse_steps),
+    )  # fmt: skip
+    guided = [settings.guided(timestep) for timestep in sampler.timesteps]
+    for step in sorted(recipe.reuse):
+        if guided[step] and not guided[recipe.origin(step)]:
+            raise ValueError(
+                f"reuse_steps must leave out the first guided step (guidance_interval={settings.guidance_interval} "
+                f"begins after step {recipe.origin(step)}), got {settings.reuse_steps}"
+            )
+    return recipe
+
+
 class Networks:
     """`models` on the device and in the dtype of `settings`, for one clip.
 
@@ -146,9 +166,7 @@ class Networks:
         self.latent_channels = models.unet.config.out_channels
         self.latent_dtype = torch.float16 if self.dtype is torch.float16 else torch.float32
         self.sampler = Sampler(models.schedule, settings.steps, settings.solver, settings.spacing)
-        self.recipe = Recipe(
-            settings.steps, self.sampler.history, frozenset(settings.propagation_steps), settings.propagation_radius
-        )
+        self.recipe = recipe_of(settings, self.sampler)
         self._noise = Noise(settings.seed)
         self.worker = worker(settings.device)
         self._schedule = models.low_res_schedule
@@ -191,7 +209,8 @@ class Networks:
         return self._noise(stream, frame, shape)
 
     def window(
-        self, step: int, frames: Sequence[int], latents: Sequence[Tensor], low_res: Sequence[Tensor], prompt: str
+        self, step: int, frames: Sequence[int], latents: Sequence[Tensor], low_res: Sequence[Tensor], prompt: str,
+        deep: Tensor | None = None,
     ) -> Tensor:
         """The guided prediction of one window, one U-Net call of one shape.
 
@@ -201,6 +220,8 @@ class Networks:
             latents: "c h w" of each frame before `step`.
             low_res: "3 h w" of each frame, in [-1, 1].
             prompt: of the shot.
+            deep: the window's deep features at the step whose features this one reuses, from `window_and_deep`; then
+                only the U-Net's outer ring is computed.
 
         Returns:
             v "t c h w", float32 on the CPU.
@@ -208,6 +229,22 @@ class Networks:
         Raises:
             NetworkError: the result is not finite, or the device ran out of memory.
         """
+        return self._window(step, frames, latents, low_res, prompt, deep, keep=False)[0]
+
+    def window_and_deep(
+        self, step: int, frames: Sequence[int], latents: Sequence[Tensor], low_res: Sequence[Tensor], prompt: str
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and the deep features "tiles b t h w c" of the window, in the networks' dtype on the CPU.
+
+        b is 2 where guidance acts, the negative prompt's first.
+        """
+        v, deep = self._window(step, frames, latents, low_res, prompt, None, keep=True)
+        return v, torch.stack(deep)
+
+    def _window(
+        self, step: int, frames: Sequence[int], latents: Sequence[Tensor], low_res: Sequence[Tensor], prompt: str,
+        deep: Tensor | None, keep: bool,
+    ) -> tuple[Tensor, list[Tensor | None]]:
         timestep, level = self.sampler.timesteps[step], self.settings.noise_level
         sample = torch.stack(list(latents), 1)[None]
         clean = torch.stack(list(low_res), 1)[None]
@@ -217,28 +254,39 @@ class Networks:
         context = self._context(prompt, guided)
         height, width = sample.shape[-2:]
         cover = tiles(height, width, self.settings.tile, self.settings.tile_overlap)
-        if len(cover) == 1:
-            merged = self._predict(sample, noised, timestep, context, guided, frames)
-        else:
-            merged = torch.zeros_like(sample, dtype=torch.float32)
-            for tile, weight in zip(cover, blend_weights(cover, height, width), strict=True):
-                area = (..., *tile.crop)
-                merged[area] += weight * self._predict(sample[area], noised[area], timestep, context, guided, frames)
-        return merged[0].transpose(0, 1).contiguous()
+        merged, kept = torch.zeros_like(sample, dtype=torch.float32), []
+        for i, (tile, weight) in enumerate(zip(cover, blend_weights(cover, height, width), strict=True)):
+            area, reused = (..., *tile.crop), None if deep is None else deep[i]
+            v, features = self._predict(sample[area], noised[area], timestep, context, guided, frames, reused, keep)
+            merged[area] += weight * v
+            kept.append(features)
+        return merged[0].transpose(0, 1).contiguous(), kept
 
     def _predict(
-        self, sample: Tensor, low_res: Tensor, timestep: int, context: object, guided: bool, frames: Sequence[int]
-    ) -> Tensor:
+        self, sample: Tensor, low_res: Tensor, timestep: int, context: object, guided: bool, frames: Sequence[int],
+        deep: Tensor | None, keep: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The guided prediction of a tile, and its deep features where they are to be kept."""
         batch = 2 if guided else 1
         pair = [self._sent(x, self.dtype).expand(batch, -1, -1, -1, -1) for x in (sample, low_res)]
         time, label = (torch.full((1,), n, device=self.device) for n in (timestep, self.settings.noise_level))
-        v = self._run(self._call, pair[0], time, pair[1], context, label, frames=frames).float().cpu()
+        reused = None if deep is None else self._sent(deep[-batch:]).movedim(-1, 1)
+        result = self._run(self._call, pair[0], time, pair[1], context, label, reused, keep, frames=frames)
+        v, kept = (result[0], result[1].movedim(1, -1).cpu()) if keep else (result, None)
+        v = v.float().cpu()
         if guided:
             negative, positive = v.split(1)
             v = negative + self.settings.guidance_scale * (positive - negative)
             if getattr(self._vae.config, "fading", False):
                 v[:, -1] = positive[0, -1]  # what is to lose its colour is no matter of degree
-        return v
+        return v, kept
+
+    def deep_bytes(self, height: int, width: int) -> int:
+        """Bytes of a frame's part of a window's deep features, for input frames of this size."""
+        cover = tiles(height, width, self.settings.tile, self.settings.tile_overlap)
+        pixels = sum((t.bottom - t.top) * (t.right - t.left) for t in cover)
+        copies = 1 + any(map(self.settings.guided, self.sampler.timesteps))
+        return copies * pixels * self._unet.config.deep_channels * self.dtype.itemsize
 
     def decode(self, frames: Sequence[int], latents: Sequence[Tensor], low_res: Sequence[Tensor]) -> Tensor:
         """Decode one chunk: "t 3 4h 4w", float32 on the CPU in [0, 1], with the colour fix.
@@ -283,8 +331,8 @@ class Networks:
         x = x if dtype is None else x.to(dtype)
         return x if self.device.type == "cpu" else x.pin_memory().to(self.device, non_blocking=True)
 
-    def _run(self, network, *inputs, frames: Sequence[int]) -> Tensor:
-        """Call `network` and refuse what is not finite."""
+    def _run(self, network, *inputs, frames: Sequence[int]):
+        """Call `network` and refuse what is not finite; of several results the first is looked at."""
         where = f"frames {frames[0]} to {frames[-1]}"
         try:
             with working_threads(self.settings.threads):
@@ -297,7 +345,7 @@ class Networks:
             raise NetworkError(
                 f"{self.device} has too little memory for {where} at {width}x{height}; try tile={smaller}"
             ) from error
-        if not torch.isfinite(result).all():
+        if not torch.isfinite(result[0] if isinstance(result, tuple) else result).all():
             name = str(result.dtype).removeprefix("torch.")
             advice = "another model, or a clip without NaN" if name == "float32" else "dtype='float32'"
             raise NetworkError(f"{where} came out not finite in {name}; try {advice}")

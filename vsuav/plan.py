@@ -4,10 +4,10 @@ The value of a frame is the root of a finite graph. `latent(step, n)` is read by
 their merged predictions give `latent(step + 1, n)`; a propagation step puts a backward and a forward chain of links in
 between. A key names one value of the graph:
 
-    ("v", step, start, stop)   prediction of one window       ("latent", step, n)   latent of frame n before `step`
-    ("x0", step, n)            clean latent as predicted      ("back", step, n)     backward value of frame n
-    ("clean", step, n)         clean latent as used           ("flow", n)           flow between n and n + 1, both ways
-    ("frame", n)               decoded frame
+    ("v", step, start, stop)      prediction of one window    ("latent", step, n)   latent of frame n before `step`
+    ("deep", step, start, stop)   deep features of a window   ("flow", n)           flow between n and n + 1, both ways
+    ("x0", step, n)               clean latent as predicted   ("back", step, n)     backward value of frame n
+    ("clean", step, n)            clean latent as used        ("frame", n)          decoded frame
 
 Latents before step 0 are noise and need no task. The planner goes through the steps from the last to the first,
 collects what is wanted and not there, and lists the tasks from the first step to the last.
@@ -21,19 +21,35 @@ from typing import NamedTuple
 
 from vsuav.propagation import backward_start, forward_start
 from vsuav.shots import FORCED, REACH, Shots
-from vsuav.tiling import BLOCK, STRIDE, WINDOW, chunk_of, windows_of
+from vsuav.tiling import BLOCK, STRIDE, WINDOW, Span, chunk_of, windows_of
 
 Key = tuple
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the planner knows of the settings: steps, how many earlier x0 the solver reads, propagation."""
+    """What the planner knows of the settings: steps, how many earlier x0 the solver reads, propagation, reuse.
+
+    A window of a step in `reuse` reads the deep features of the same window at `origin(step)`, the last step before
+    that is computed in full. It reads latents of the same frames, which depend on all that these features depend on,
+    so no cone grows.
+    """
 
     steps: int
     history: int = 0
     propagation: frozenset[int] = frozenset()
     radius: int = 16
+    reuse: frozenset[int] = frozenset()
+
+    def origin(self, step: int) -> int:
+        """The step whose deep features the windows of `step` are computed with: its own, or an earlier one."""
+        while step in self.reuse:
+            step -= 1
+        return step
+
+    def keeps(self, step: int) -> bool:
+        """Whether the deep features of `step` are read by later steps."""
+        return step not in self.reuse and step + 1 in self.reuse
 
     @property
     def reach(self) -> int:
@@ -113,10 +129,11 @@ def plan_latents(wanted: Iterable[int], recipe: Recipe, shots: Shots, have: Call
     levels = []
     latents = set(wanted)
     cleans: dict[int, set[int]] = defaultdict(set)
+    deeps: dict[int, set[Span]] = defaultdict(set)
     flows: set[int] = set()
     for step in reversed(range(recipe.steps)):
         level = _Level(step, recipe, shots, have)
-        latents = level.demand(latents, cleans, flows)
+        latents = level.demand(latents, cleans, deeps, flows)
         levels.append(level.tasks)
     flow_tasks = [Task("flow", 0, (n, n + 1), (), (("flow", n),), (n, n + 1)) for n in sorted(flows)]
     return Plan((*flow_tasks, *(task for level in reversed(levels) for task in level)))
@@ -128,12 +145,15 @@ class _Level:
     def __init__(self, step: int, recipe: Recipe, shots: Shots, have: Callable[[Key], bool]):
         self.step, self.recipe, self.shots, self.have = step, recipe, shots, have
         self.tasks: list[Task] = []
-        self._spans: dict[int, list[tuple[int, int]]] = {}
+        self._spans: dict[int, list[Span]] = {}
 
-    def demand(self, latents: set[int], cleans: dict[int, set[int]], flows: set[int]) -> set[int]:
+    def demand(
+        self, latents: set[int], cleans: dict[int, set[int]], deeps: dict[int, set[Span]], flows: set[int]
+    ) -> set[int]:
         """Plan this step for the frames whose next latent is wanted; return those whose latent it reads.
 
-        `cleans` maps steps to the frames whose clean latent a later step reads; `flows` collects flow pairs.
+        `cleans` maps steps to the frames whose clean latent a later step reads, `deeps` to the windows whose deep
+        features one reads; `flows` collects flow pairs.
         """
         step, recipe = self.step, self.recipe
         stepping = {n for n in latents if not self.have(("latent", step + 1, n))}
@@ -147,26 +167,34 @@ class _Level:
             stepping |= cleaning
         for earlier in range(max(0, step - recipe.history), step):
             cleans[earlier] |= stepping
-        windows = self._windows(stepping | raw)
+        windows = self._windows(stepping | raw, deeps)
         self.tasks += windows
         self.tasks += [Task("x0", step, (n,), self._prediction(n), (("x0", step, n),)) for n in sorted(raw)]
         self.tasks += chains
         self.tasks += [self._step(n) for n in sorted(stepping)]
         return stepping | raw | {n for task in windows for n in task.frames}
 
-    def _spans_of(self, n: int) -> list[tuple[int, int]]:
+    def _spans_of(self, n: int) -> list[Span]:
         if n not in self._spans:
             self._spans[n] = windows_of(n, *self.shots.shot(n))
         return self._spans[n]
 
-    def _windows(self, frames: set[int]) -> list[Task]:
-        spans = sorted({span for n in frames for span in self._spans_of(n)})
+    def _windows(self, frames: set[int], deeps: dict[int, set[Span]]) -> list[Task]:
+        step, origin = self.step, self.recipe.origin(self.step)
+        again = {span for span in deeps.pop(step, ()) if not self.have(("deep", step, *span))}
         tasks = []
-        for start, stop in spans:
-            key = ("v", self.step, start, stop)
-            if not self.have(key):
-                span = tuple(range(start, stop))
-                tasks.append(Task("window", self.step, span, self._latents(span), (key,), span))
+        for span in sorted(again.union(span for n in frames for span in self._spans_of(n))):
+            makes: tuple[Key, ...] = (("v", step, *span),)
+            if span not in again and self.have(makes[0]):
+                continue
+            inside = tuple(range(*span))
+            reads = self._latents(inside)
+            if origin < step:
+                reads += (("deep", origin, *span),)
+                deeps[origin].add(span)
+            elif self.recipe.keeps(step):
+                makes += (("deep", step, *span),)
+            tasks.append(Task("window", step, inside, reads, makes, inside))
         return tasks
 
     def _latents(self, frames: Iterable[int]) -> tuple[Key, ...]:
@@ -296,18 +324,19 @@ def front(recipe: Recipe) -> Front:
     result = Front(("latent", recipe.steps), spans, Counter())
     for key in made:
         if result.distance(key, block) == 0:
-            result.frames[key[0]] += key[3] - key[2] if key[0] == "v" else 1
+            result.frames[key[0]] += key[3] - key[2] if key[0] in ("v", "deep") else 1
     return result
 
 
-def working_set(recipe: Recipe, latent_bytes: int, clean_bytes: int, flow_bytes: int) -> int:
+def working_set(recipe: Recipe, latent_bytes: int, clean_bytes: int, flow_bytes: int, deep_bytes: int = 0) -> int:
     """Bytes a store must hold so that a linear pass computes hardly anything twice, cuts included.
 
     Args:
         latent_bytes: of one latent of one frame, and of a frame's part of a prediction.
         clean_bytes: of one clean latent, raw or propagated.
         flow_bytes: of one flow pair.
+        deep_bytes: of a frame's part of a window's deep features.
     """
-    each = {"v": latent_bytes, "latent": latent_bytes, "flow": flow_bytes}
+    each = {"v": latent_bytes, "latent": latent_bytes, "flow": flow_bytes, "deep": deep_bytes}
     held = sum(each.get(kind, clean_bytes) * count for kind, count in front(recipe).frames.items())
     return held + held // 4 + 2 * WINDOW * latent_bytes

@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 FALLBACK: dict[str, Any] = {
     "prompt": "", "negative_prompt": "", "preset": "balanced", "noise_level": 120, "video_vae": True,
     "color_fix": "wavelet", "spacing": None, "guidance_interval": (0.0, 1.0), "solver": "ddim",
-    "guidance_scale": 1.0, "propagation_steps": (),
+    "guidance_scale": 1.0, "propagation_steps": (), "reuse_steps": (),
 }  # fmt: skip
 
 NOT_IN_DIGEST = frozenset(
@@ -66,8 +66,9 @@ after latents."""
 class Settings:
     """Everything that decides a pixel besides the clip and the weights, with nothing left open.
 
-    `prompts` are (first frame, prompt) in rising order from frame 0; `propagation_steps` are indices into the steps;
-    `guidance_interval` bounds timestep/1000; `tile` is (width, height) in input pixels, 0 for the whole axis.
+    `prompts` are (first frame, prompt) in rising order from frame 0; `propagation_steps` and `reuse_steps` are indices
+    into the steps; `guidance_interval` bounds timestep/1000; `tile` is (width, height) in input pixels, 0 for the whole
+    axis.
     """
 
     prompts: tuple[tuple[int, str], ...] = ((0, ""),)
@@ -80,6 +81,7 @@ class Settings:
     noise_level: int = 120
     propagation_steps: tuple[int, ...] = ()
     propagation_radius: int = 16
+    reuse_steps: tuple[int, ...] = ()
     flow: str = "dis"
     video_vae: bool = True
     tiny_vae: bool = False
@@ -116,7 +118,7 @@ def resolve(
 ) -> Settings:
     """Fill what `given` leaves at None from the preset, then the model's defaults, then `FALLBACK`; check every value.
 
-    Where the caller gives the steps alone, the preset's propagation steps keep their place in proportion.
+    Where the caller gives the steps alone, the preset's propagation and reuse steps keep their place in proportion.
 
     Args:
         given: the caller's values by the names of `upscale`'s parameters; None = not given.
@@ -131,9 +133,11 @@ def resolve(
     if preset not in known:
         raise ValueError(f"preset must be one of {', '.join(known)}, got {preset!r}")
     values = {**FALLBACK, **defaults, **known[preset]}
-    if _is_real(given.get("steps")) and given.get("propagation_steps") is None:
+    if _is_real(given.get("steps")):
         parts = given["steps"] / values.get("steps", Settings.steps)
-        values["propagation_steps"] = [math.floor(index * parts) for index in values["propagation_steps"]]
+        for name, first in (("propagation_steps", 0), ("reuse_steps", 1)):
+            moved = [math.floor(index * parts) for index in values[name]]
+            values[name] = [index for index in moved if index >= first]
     values.update({name: value for name, value in given.items() if value is not None})
     values["prompts"] = _prompts(values.pop("prompt"))
     allowed = {field.name for field in fields(Settings)}
@@ -170,11 +174,10 @@ def check(settings: Settings) -> Settings:
         "guidance_interval must be (low, high) with 0 <= low <= high <= 1", interval,
     )  # fmt: skip
     values["guidance_interval"] = (float(interval[0]), float(interval[1]))
-    indices = s.propagation_steps
-    _require(isinstance(indices, tuple), "propagation_steps must be a list of step indices", indices)
-    values["propagation_steps"] = tuple(
-        sorted({_integer("propagation_steps", index, 0, values["steps"] - 1, "each of ") for index in indices})
-    )
+    for name, first in (("propagation_steps", 0), ("reuse_steps", 1)):
+        indices, last = getattr(s, name), values["steps"] - 1
+        _require(isinstance(indices, tuple), f"{name} must be a list of step indices", indices)
+        values[name] = tuple(sorted({_integer(name, index, first, last, "each of ") for index in indices}))
     copies = isinstance(s.ensemble, int) and not isinstance(s.ensemble, bool) and s.ensemble in MIRRORS
     _require(copies, f"ensemble must be one of {', '.join(map(str, MIRRORS))}", s.ensemble)
     if s.max_shot is not None:

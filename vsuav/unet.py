@@ -115,6 +115,11 @@ class UNetConfig:
             )
         return kinds
 
+    @property
+    def deep_channels(self) -> int:
+        """Channels of what enters the last up block."""
+        return self.block_out_channels[1]
+
     def temporal(self, path: str) -> set[int]:
         """Indices of the down or up blocks that a temporal module follows."""
         given = self.down_temporal_idx if path == "down" else self.up_temporal_idx
@@ -380,19 +385,19 @@ class Stage(nn.Module):
 
 
 class DownStage(Stage):
-    """Returns its result and the skip tensors it leaves."""
+    """Returns its result and the skip tensors it leaves; without `down` neither is made smaller."""
 
     def __init__(self, *args, down: int | None):
         super().__init__(*args)
         if down:
             self.downsamplers = nn.ModuleList([Down(down)])
 
-    def forward(self, x, e, context) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x, e, context, down: bool = True) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for j in range(len(self.resnets)):
             x = self.layer(j, x, e, context)
             skips.append(x)
-        if hasattr(self, "downsamplers"):
+        if down and hasattr(self, "downsamplers"):
             x = self.downsamplers[0](x)
             skips.append(x)
         return x, skips
@@ -508,12 +513,17 @@ class UNetVideo(nn.Module):
         low_res: Tensor,
         context: Tensor | PreparedContext,
         noise_level: Tensor | int,
-    ) -> Tensor:
-        """The prediction of v, "b c t h w".
+        deep: Tensor | None = None,
+        keep: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The prediction of v, "b c t h w"; with `keep` also the deep features, "b deep_channels t h w".
 
         sample "b c t h w": latents. low_res "b 3 t h w": the noised input frames, [-1, 1] before the noise.
         timestep: one for all, or (b,), 0..999. noise_level: the level low_res was noised at, 0..350, one or (b,).
         context "b l d": text states; or what `prepare` made of them.
+        deep: what enters the last up block, kept from another call: then only the outer ring is computed, that is
+            the layers of the finest level before the first reduction and after the last enlargement (DeepCache,
+            arXiv 2312.00858).
         """
         e = self.embed(timestep, noise_level)
         dtype = self.conv_in.weight.dtype
@@ -522,19 +532,32 @@ class UNetVideo(nn.Module):
         x = torch.cat([sample.to(dtype), low_res.to(dtype)], dim=1)
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last_3d))
         skips = [x]
-        for i, block in enumerate(self.down_blocks):
-            x, new = block(x, e, context)
-            skips += new
-            if str(i) in self.down_temp_blocks:
-                x = self.down_temp_blocks[str(i)](x, e)
+        x = self._down(0, x, e, context, skips, deep is None)
+        if deep is None:
+            deep = self._inner(x, e, context, skips)
+        x = self._up(len(self.up_blocks) - 1, deep.to(dtype), e, context, skips)
+        v = self.conv_out(self.conv_norm_out(x, act=True))
+        return (v, deep) if keep else v
+
+    def _inner(self, x: Tensor, e: Tensor, context: Tensor | PreparedContext, skips: list[Tensor]) -> Tensor:
+        """Everything between the first down block and the last up block: the deep features."""
+        for i in range(1, len(self.down_blocks)):
+            x = self._down(i, x, e, context, skips)
         x = self.mid_block(x, e, context)
         if self.config.mid_temporal:
             x = self.mid_temp_block(x, e)
-        for i, block in enumerate(self.up_blocks):
-            x = block(x, e, context, skips)
-            if str(i) in self.up_temp_blocks:
-                x = self.up_temp_blocks[str(i)](x, e)
-        return self.conv_out(self.conv_norm_out(x, act=True))
+        for i in range(len(self.up_blocks) - 1):
+            x = self._up(i, x, e, context, skips)
+        return x
+
+    def _down(self, i: int, x, e, context, skips: list[Tensor], down: bool = True) -> Tensor:
+        x, new = self.down_blocks[i](x, e, context, down)
+        skips += new
+        return self.down_temp_blocks[str(i)](x, e) if down and str(i) in self.down_temp_blocks else x
+
+    def _up(self, i: int, x, e, context, skips: list[Tensor]) -> Tensor:
+        x = self.up_blocks[i](x, e, context, skips)
+        return self.up_temp_blocks[str(i)](x, e) if str(i) in self.up_temp_blocks else x
 
 
 def temporal_parameters(unet: UNetVideo) -> Iterator[str]:
