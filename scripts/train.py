@@ -13,6 +13,9 @@ A stage of the configuration may have any name where its "as" says which of thes
 `refine`, `tell` and `refresh` are `fewstep` again, `steady`, `steadier`, `faithful`, `steadiest` and
 `sharper` are `temporal`, `deepen` and `polish` are `vae_video`, and `encoder` is `vae` with the encoder alone).
 
+A step takes the mean gradient of the stage's "parts", batches that each may change what the stage says of its data
+(pictures beside clips, or several clips); without them it takes one batch.
+
 A step is a pure function of the weights, the optimizer and the step's number: the batch and all noise are seeded by
 (seed, stage, step, process). So a run that is stopped and resumed gives the same bits as one that was not. Runs on one
 CPU thread or, through `accelerate launch`, on many GPUs.
@@ -33,6 +36,7 @@ import json
 import math
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -97,26 +101,39 @@ def look(frames: np.ndarray, name: str, rng: np.random.Generator) -> np.ndarray:
     return np.stack(result)
 
 
+def parts(stage: dict) -> list[dict]:
+    """The batches of a step of `stage`, each as a stage of its own."""
+    return [{**stage, **part} for part in stage.get("parts", [{}])]
+
+
+def source(path: Path) -> np.ndarray:
+    """The pictures or clips of a file, "n t h w 3" uint8."""
+    array = np.load(path, mmap_mode="r")
+    return array if array.ndim == 5 else array[:, None]
+
+
 class Batches(Dataset):
-    """Batch k of a stage, a pure function of k: {hr "b 3 t 4h 4w", lr "b 3 t h w" in [-1, 1], prompt (b,) indices}."""
+    """Batch k of a stage, a pure function of k: {hr "b 3 t 4h 4w", lr "b 3 t h w" in [-1, 1], prompt (b,) indices}.
+
+    The batches of step s are those from ``s * len(parts)`` on.
+    """
 
     def __init__(self, folder: Path, stage: dict, seed: int, name: str, rank: int = 0):
-        self.path = folder / stage["data"]
         self.stage, self.seed, self.name, self.rank = stage, seed, name, rank
-        self.source = np.load(self.path, mmap_mode="r")
-        if self.source.ndim == 4:
-            self.source = self.source[:, None]
+        self.parts = parts(stage)
+        self.sources = [source(folder / part["data"]) for part in self.parts]
 
     def __len__(self) -> int:
-        return self.stage["steps"]
+        return self.stage["steps"] * len(self.parts)
 
     def __getitem__(self, k: int) -> dict[str, Tensor]:
         cv2.setNumThreads(1)
         rng = np.random.default_rng(seeded(self.seed, self.name, k, self.rank, "data"))
-        size, count = 4 * self.stage["size"], self.stage.get("frames", 1)
+        stage, clips = self.parts[k % len(self.parts)], self.sources[k % len(self.parts)]
+        size, count = 4 * stage["size"], stage.get("frames", 1)
         highs, lows, prompts = [], [], []
-        for _ in range(self.stage["batch"]):
-            clip = self.source[rng.integers(len(self.source))]
+        for _ in range(stage["batch"]):
+            clip = clips[rng.integers(len(clips))]
             first = rng.integers(clip.shape[0] - count + 1)
             y, x = (rng.integers(side - size + 1) for side in clip.shape[1:3])
             hr = clip[first : first + count, y : y + size, x : x + size]
@@ -127,11 +144,11 @@ class Batches(Dataset):
             if rng.random() < 0.5:
                 hr = hr[::-1] if count > 1 else hr[:, ::-1]
             hr = np.ascontiguousarray(hr)
-            strength = rng.uniform(0, self.stage.get("strength", 1.0))
-            recipe = CLEAN if rng.random() < self.stage.get("clean", 0.0) else None
+            strength = rng.uniform(0, stage.get("strength", 1.0))
+            recipe = CLEAN if rng.random() < stage.get("clean", 0.0) else None
             lr = degrade(hr, rng, strength=strength, recipe=recipe)
             prompt = GOOD[rng.integers(len(GOOD))]
-            if rng.random() < self.stage.get("looks", 0.0):
+            if rng.random() < stage.get("looks", 0.0):
                 prompt = (*LOOKS, BAD)[rng.choice(len(SHOWN), p=np.array(SHOWN) / sum(SHOWN))]
                 hr = look(hr, prompt, rng)
             if rng.random() < 0.1:
@@ -196,8 +213,8 @@ class Learner(nn.Module):
     def decode(self, z: Tensor, lr: Tensor, level: Tensor) -> Tensor:
         """Decoded in chunks of three frames, as when the model is used."""
         vae = self.vae if self.name == "vae_image" else self.vae_video
-        parts = zip((z / vae.config.scaling_factor).split(3, dim=2), lr.split(3, dim=2), strict=True)
-        return torch.cat([vae.decode(a, b, level).float() for a, b in parts], dim=2)
+        chunks = zip((z / vae.config.scaling_factor).split(3, dim=2), lr.split(3, dim=2), strict=True)
+        return torch.cat([vae.decode(a, b, level).float() for a, b in chunks], dim=2)
 
     def percept(self, result: Tensor, truth: Tensor) -> Tensor:
         """stLPIPS (alex) "b" on one random window of every frame; nothing without its weights ("stlpips": false)."""
@@ -504,7 +521,8 @@ def train(
             os.nice(10)
 
     batches = Batches(data, stage, config["seed"], name, accelerator.process_index)
-    order = range(start, stop or stage["steps"])
+    count = len(batches.parts)
+    order = range(start * count, (stop or stage["steps"]) * count)
     loader = DataLoader(
         batches, batch_size=None, sampler=order, num_workers=workers, worker_init_fn=one_core,
         prefetch_factor=4 if workers else None, generator=torch.Generator().manual_seed(0),
@@ -512,25 +530,29 @@ def train(
     log, began = [], time.time()
     frozen_until = stage.get("decoder_frozen", 0.0)
     step = start
-    for step, batch in zip(order, loader, strict=True):
-        batch = {k: v.to(accelerator.device) for k, v in batch.items()}
-        torch.manual_seed(seeded(config["seed"], name, step, accelerator.process_index))
+    for k, batch in zip(order, loader, strict=True):
+        step, last = k // count, (k + 1) % count == 0
+        batch = {key: v.to(accelerator.device) for key, v in batch.items()}
+        torch.manual_seed(seeded(config["seed"], name, k, accelerator.process_index))
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * rate(stage, step)
         if frozen_until and "decoder" in groups:
             for n in groups["decoder"]:
                 parameters[n].requires_grad_(step >= frozen_until * stage["steps"])
-        losses = wrapped(batch, step)
-        if not torch.isfinite(losses["loss"]):
-            raise FloatingPointError(f"train: the loss of step {step} is {losses['loss']}; resume at a lower rate")
-        accelerator.backward(losses["loss"])
+        with nullcontext() if last else accelerator.no_sync(wrapped):
+            losses = wrapped(batch, step)
+            if not torch.isfinite(losses["loss"]):
+                raise FloatingPointError(f"train: the loss of step {step} is {losses['loss']}; resume at a lower rate")
+            accelerator.backward(losses["loss"] / count)
+        log.append({key: v.item() for key, v in losses.items()})
+        if not last:
+            continue
         accelerator.clip_grad_norm_([p for p in trained.values() if p.grad is not None], 1.0)
         optimizer.step()
         optimizer.zero_grad()
         average.update(trained, step)
-        log.append({k: v.item() for k, v in losses.items()})
-        if len(log) == log_every:
-            row = {k: sum(entry[k] for entry in log) / len(log) for k in log[0]}
+        if len(log) == log_every * count:
+            row = {key: sum(entry[key] for entry in log) / len(log) for key in log[0]}
             if accelerator.is_main_process:
                 record(out / f"{name}.csv", {"step": step + 1, "seconds": round(time.time() - began, 1), **row})
             log = []

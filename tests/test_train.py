@@ -10,11 +10,12 @@ import toy
 from export import export
 from fastnorm import speed_up
 from safetensors.torch import save_file
-from train import LEVELS, PROMPTS, Batches, Learner, build, fill_levels, flicker, look, train
+from train import LEVELS, PROMPTS, Batches, Learner, build, fill_levels, flicker, look, seeded, train
 
 from vsuav.checkpoint import load
 from vsuav.layers import JointNorm, VolumeConv
 from vsuav.schedule import Schedule
+from vsuav.text import read_prompts
 from vsuav.unet import temporal_parameters
 
 
@@ -35,6 +36,10 @@ def config() -> dict:
             },
             "temporal": {**clips, "decode": 4, "after": ["fewstep", "unet"], "rates": {"unet": 1e-3}},
             "vae_video": {**clips, "after": ["temporal", "unet"], "rates": {"decoder": 1e-3, "new": 1e-3}},
+            "mixed": {
+                **clips, "as": "vae_video", "parts": [{"data": "stills.npy", "batch": 2, "frames": 1}, {}],
+                "rates": {"decoder": 1e-3, "new": 1e-3},
+            },
             "vae_image": {**stills, "after": ["unet"], "rates": {"decoder": 1e-3}},
         },
     }  # fmt: skip
@@ -65,7 +70,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return {f"{part}.{name}": value for part, state in saved.items() for name, value in state.items()}
 
 
-@pytest.mark.parametrize("stage", ["unet", "fewstep"])
+@pytest.mark.parametrize("stage", ["unet", "fewstep", "mixed"])
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(data, tmp_path, stage):
     whole = weights(train(stage, config(), data, tmp_path / "whole"))
     train(stage, config(), data, tmp_path / "broken", stop=2)
@@ -145,6 +150,35 @@ def test_batches_are_a_function_of_the_step(data):
     assert not torch.equal(one[7]["hr"], one[8]["hr"])
     assert not torch.equal(one[7]["hr"], Batches(data, stage, 3, "unet", rank=1)[7]["hr"])
     assert one[0]["hr"].shape == (2, 3, 1, 32, 32) and one[0]["lr"].shape == (2, 3, 1, 8, 8)
+
+
+def test_the_parts_of_a_step_have_batches_of_their_own(data):
+    batches = Batches(data, config()["stages"]["mixed"], 3, "mixed")
+    assert len(batches) == 8
+    stills, clips = (2, 3, 1, 32, 32), (1, 3, 4, 32, 32)
+    assert [tuple(batches[k]["hr"].shape) for k in range(3)] == [stills, clips, stills]
+    assert not torch.equal(batches[0]["hr"], batches[2]["hr"])
+
+
+def test_a_step_takes_the_mean_gradient_of_its_parts(data, tmp_path):
+    settings = config()
+    stage = settings["stages"]["mixed"]
+    train("mixed", settings, data, tmp_path, stop=1)
+    learner = Learner(
+        build(settings), Schedule.from_config(toy.SCHEDULER), stage, "vae_video",
+        torch.stack([read_prompts(data / "prompts.safetensors")[p] for p in PROMPTS]),
+        torch.from_numpy(np.load(data / "basis.npy")),
+    )  # fmt: skip
+    names = [n for group in learner.trainable().values() for n in group]
+    parameters = [dict(learner.named_parameters())[n] for n in names]
+    for k in range(2):
+        torch.manual_seed(seeded(settings["seed"], "mixed", k, 0))
+        learner(Batches(data, stage, settings["seed"], "mixed")[k], 0)["loss"].backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 2.0)  # the sum of two, so twice the limit
+    saved = torch.load(tmp_path / "mixed.state.pt", weights_only=True)["optimizer"]["state"]
+    for i, parameter in enumerate(parameters):
+        first = saved[i]["exp_avg"] / 0.1  # betas[0] is 0.9
+        torch.testing.assert_close(first, parameter.grad / 2, rtol=0, atol=1e-4 * float(first.abs().max()) + 1e-7)
 
 
 def test_the_latents_of_any_other_model_are_its_own_encoders(data):
