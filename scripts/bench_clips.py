@@ -4,6 +4,7 @@ import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from math import log10
 from multiprocessing import get_context
 from pathlib import Path
@@ -53,14 +54,21 @@ class Nothing:
         self.worker = worker("cpu")
         self.latent_channels = 4
         self._predictions = torch.zeros(8, self.latent_channels, height, width)
+        self._deep = torch.zeros(1, 1, 8, height, width, self.latent_channels)
         self._pictures = torch.full((CHUNK, 3, 4 * height, 4 * width), 0.5)
         self._flows = torch.zeros(4, height, width)
 
     def arithmetic(self) -> contextlib.AbstractContextManager[None]:
         return exact_arithmetic()
 
-    def window(self, step: int, frames: Sequence[int], latents, low_res, prompt: str) -> Tensor:
+    def window(self, step: int, frames: Sequence[int], latents, low_res, prompt: str, deep=None) -> Tensor:
         return self._predictions[: len(frames)]
+
+    def window_and_deep(self, step: int, frames: Sequence[int], *inputs) -> tuple[Tensor, Tensor]:
+        return self._predictions[: len(frames)], self._deep[:, :, : len(frames)]
+
+    def deep_bytes(self, height: int, width: int) -> int:
+        return self._deep[:, :, :1].nbytes
 
     def decode(self, frames: Sequence[int], latents, low_res) -> Tensor:
         return self._pictures[: len(frames)]
@@ -187,10 +195,13 @@ def whole(
 
 
 def before(model: Path, size: Size, threads: int, length: int) -> Timing:
-    """Seconds a frame of the engine with the same networks written the plain way (scripts/plain.py), in float32."""
+    """Seconds a frame of the engine with the same networks written the plain way (scripts/plain.py), in float32.
+
+    Every step is computed in full.
+    """
     models, settings = choose({"model": model, "dtype": "float32", "threads": threads, "device": "cpu"}, *size)
     vae = models.video_vae if settings.video_vae else models.vae
-    networks = Plain(models, settings, PlainUNet(models.unet.config, models.unet.state_dict()),
+    networks = Plain(models, replace(settings, reuse_steps=()), PlainUNet(models.unet.config, models.unet.state_dict()),
                      PlainDecoder(vae.config, vae.state_dict()))  # fmt: skip
     clip = sample(length, size)
     return race({"plain": lambda: restore(clip, networks)}, 1, 0.0, least=1)["plain"].of(length)
@@ -202,7 +213,7 @@ class Plain(Networks):
     def __init__(self, models: Models, settings: Settings, unet: PlainUNet, decoder: PlainDecoder):
         super().__init__(models, settings)
         self._unet = SimpleNamespace(prepare=lambda states: states)
-        self._call = lambda *inputs: unet(*inputs[:5])  # no features are reused here
+        self._call = lambda *inputs: unet(*inputs[:5])  # without the two about reused features
         self._decoder = decoder
 
 

@@ -12,6 +12,7 @@ from time import perf_counter
 import torch
 import torch.nn.functional as F
 from bench_clips import psnr, sample, seam
+from calls import counted, one_of
 from perceptual import STLPIPS
 from torch import Tensor
 
@@ -94,22 +95,20 @@ def differences(model: Path, threads: int, length: int, packages: Path | None) -
 
 def ways(models: Models, usual: Settings, most: int) -> Iterator[tuple[str, Settings]]:
     """What is compared: presets, then solvers, guidance and reuse in `most` / 4 steps or so, all named."""
-    presets = {**PRESETS, **models.presets}
+    full, presets = replace(usual, reuse_steps=()), {**PRESETS, **models.presets}
     for name in ("reference", "balanced", "fast", "preview"):
         values = {key: tuple(v) if isinstance(v, list) else v for key, v in presets[name].items()}
-        yield f"preset {name}", replace(usual, **values)
+        yield f"preset {name}", replace(full, **values)
     steps = max(2, most // 4)
-    bare = replace(usual, steps=steps, spacing="trailing", guidance_scale=1.0, propagation_steps=(), reuse_steps=())
+    bare = replace(full, steps=steps, spacing="trailing", guidance_scale=1.0, propagation_steps=())
     for solver in SOLVERS:
         yield f"{solver}, {steps} steps", replace(bare, solver=solver)
     for low, high in ((0.0, 1.0), (0.3, 1.0)):
         guided = replace(bare, guidance_scale=3.0, guidance_interval=(low, high))
         yield f"ddim, {steps} steps, guidance 3 from {low:g} to {high:g}", guided
-    if usual.steps > 1:
-        yield "the usual, features reused at step 1", replace(usual, reuse_steps=(1,))
     for count, every in ((steps, 2), (most, 2), (most, 3)):
-        reused = tuple(i for i in range(count) if i % every)
-        yield f"ddim, {count} steps, 1 of {every} in full", replace(bare, steps=count, reuse_steps=reused)
+        reused = replace(bare, steps=count, reuse_steps=one_of(every, count))
+        yield f"ddim, {count} steps, 1 of {every} in full", reused
 
 
 def quality(model: Path, threads: int, length: int, most: int, packages: Path | None) -> Iterator[dict]:
@@ -125,9 +124,9 @@ def quality(model: Path, threads: int, length: int, most: int, packages: Path | 
         networks, began = Networks(models, check(settings)), perf_counter()
         result = restore(low, networks)
         taken = perf_counter() - began
+        calls, rings = counted(models.schedule, settings)
         yield {
-            "what": what, "calls": sum(1 + settings.guided(t) for t in networks.sampler.timesteps),
-            "rings": len(settings.reuse_steps),
+            "what": what, "calls": calls, "rings": rings,
             "ms": 1e3 * taken / length, "psnr_y": judge.psnr_y(result), "stlpips": judge.stlpips(result),
             "flicker": judge.flicker(result), "few": psnr(result, anchors[4]), "many": psnr(result, anchors[most]),
             "most": most,

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from calls import counted, one_of
 from evaluate_clips import Clip, say
 from evaluate_rows import Ours
 from evaluate_tables import COLUMNS, Clips, average, cell, grid
 
 from vsuav.metrics import psnr_y
-from vsuav.schedule import Sampler
 
 PLAIN = {
     "solver": "ddim", "spacing": "trailing", "guidance_scale": 1.0, "guidance_interval": (0.0, 1.0),
@@ -16,11 +16,6 @@ PLAIN = {
 }  # fmt: skip
 GUIDED = {**PLAIN, "guidance_scale": 3.0}
 MOST, FEW = 30, 8
-
-
-def one_of(every: int, steps: int) -> list[int]:
-    """The steps that reuse features where one of `every` is computed in full."""
-    return [step for step in range(steps) if step % every]
 
 
 WAYS = {
@@ -43,25 +38,23 @@ WAYS = {
 """Row -> parameters, and the row its result is held against beside the truth."""
 
 
-def counted(ours: Ours, **given) -> tuple[int, int]:
-    """U-Net calls of a window, and of how many of them only the outer ring is computed; a guided call counts twice."""
-    settings = ours.settings(**given)
-    timesteps = Sampler(ours.models.schedule, settings.steps, settings.solver, settings.spacing).timesteps
-    weights = [1 + settings.guided(timestep) for timestep in timesteps]
-    return sum(weights), sum(weights[step] for step in settings.reuse_steps)
-
-
 def ways(ours: Ours, clips: Sequence[Clip], judge: Callable) -> dict[str, dict[str, Any]]:
     """Row -> its calls, those of the outer ring only, and clip -> numbers, "to_most" (dB) among them."""
     found: dict[str, dict[str, Any]] = {}
     results: dict[tuple[str, str], Any] = {}
     for row, (given, base) in WAYS.items():
-        calls, rings = counted(ours, **given)
         numbers: Clips = {}
-        for clip in clips:
-            numbers[clip.name], result = judge.timed(ours.row(**given), clip)
-            results[row, clip.name] = result
-            if base is not None:
+        try:
+            calls, rings = counted(ours.models.schedule, ours.settings(**given))
+            measured = [(clip, *judge.timed(ours.row(**given), clip)) for clip in clips]
+        except ValueError as error:
+            say(f"row {row} left out: {error}")
+            continue
+        for clip, seen, result in measured:
+            numbers[clip.name] = seen
+            if base is None:
+                results[row, clip.name] = result
+            elif (base, clip.name) in results:
                 numbers[clip.name]["to_most"] = psnr_y(result, results[base, clip.name])
         found[row] = {"calls": calls, "rings": rings, "clips": numbers}
         say(f"calls: {row}")

@@ -17,8 +17,8 @@ A step takes the mean gradient of the stage's "parts", batches that each may cha
 (pictures beside clips, or several clips); without them it takes one batch.
 
 A step is a pure function of the weights, the optimizer and the step's number: the batch and all noise are seeded by
-(seed, stage, step, process). So a run that is stopped and resumed gives the same bits as one that was not. Runs on one
-CPU thread or, through `accelerate launch`, on many GPUs.
+(seed, stage, number of the batch, process). So a run that is stopped and resumed gives the same bits as one that was
+not. Runs on one CPU thread or, through `accelerate launch`, on many GPUs.
 
     python scripts/train.py temporal --config scripts/large.json --init FOLDER …
 
@@ -75,6 +75,10 @@ PIXELS, PERCEPT, FLICKER = (3.0, 1.0, 1.0, 1.0, 1.0), (0.05, 0.8, 0.9, 1.1, 1.4)
 not say so itself, as "often", "pixels", "percept" and "flicker"): a knob needs clear ends."""
 
 
+PART = ("data", "batch", "frames", "size", "strength", "clean", "looks")
+"""What a part of a step may say of its batch."""
+
+
 def seeded(*parts: Any) -> int:
     """A 63-bit seed that depends on all parts."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
@@ -103,7 +107,10 @@ def look(frames: np.ndarray, name: str, rng: np.random.Generator) -> np.ndarray:
 
 def parts(stage: dict) -> list[dict]:
     """The batches of a step of `stage`, each as a stage of its own."""
-    return [{**stage, **part} for part in stage.get("parts", [{}])]
+    given = stage.get("parts", [{}])
+    if not given or (wrong := sorted(set().union(*given) - set(PART))):
+        raise ValueError(f"train: parts must be some, of {', '.join(PART)}, got {wrong if given else given}")
+    return [{**stage, **part} for part in given]
 
 
 def source(path: Path) -> np.ndarray:

@@ -154,14 +154,14 @@ def test_too_little_memory_names_a_smaller_tile(model, monkeypatch, error):
         x, low = torch.zeros(1, 4, 2, 300, 400), torch.zeros(1, 3, 2, 300, 400)
         expected = f"frames 6 to 7 at 400x300; try tile={smaller if tile[0] else 128}"
         with pytest.raises(NetworkError, match=expected):
-            tiled._predict(x, low, 1, None, False, (6, 7))
+            tiled._predict(x, low, 1, None, False, (6, 7), None, False)
 
 
 def test_other_errors_are_not_called_memory(model, monkeypatch):
     broken = networks(model)
     monkeypatch.setattr(broken, "_call", lambda *args: [][0])
     with pytest.raises(IndexError):
-        broken._predict(torch.zeros(1, 4, 2, 8, 8), torch.zeros(1, 3, 2, 8, 8), 1, None, False, (6, 7))
+        broken._predict(torch.zeros(1, 4, 2, 8, 8), torch.zeros(1, 3, 2, 8, 8), 1, None, False, (6, 7), None, False)
 
 
 def test_guidance_leaves_the_channel_of_colour_as_the_prompt_gives_it(tmp_path, monkeypatch):

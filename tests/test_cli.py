@@ -445,7 +445,7 @@ def test_the_price_is_what_the_pieces_take(folder, monkeypatch, size, tile):
 
 
 def test_steps_that_reuse_features_are_priced_by_themselves(folder, monkeypatch):
-    """Three steps, one of them the outer ring alone: what is timed for it is a call with the features of the first."""
+    """Three steps, the second the outer ring alone: what is timed for it is a call with the features of the first."""
     from vsuav import info
     from vsuav.networks import Networks
 
@@ -454,14 +454,20 @@ def test_steps_that_reuse_features_are_priced_by_themselves(folder, monkeypatch)
     def call(self, step, frames, latents, low_res, prompt, deep=None):
         timed.append((step, deep is not None))
 
+    def shortest(work):
+        before = len(timed)
+        work()
+        return (6.0, 1.0, 5.0)[timed[-1][0]] if len(timed) > before else 0.0
+
     monkeypatch.setattr(Networks, "window", call)
-    monkeypatch.setattr(info, "_shortest", lambda work: work() or (5.0, 1.0)[len(timed) - 1] if len(timed) < 2 else 0.0)
+    monkeypatch.setattr(Networks, "window_and_deep", lambda *given: (call(*given), "deep"))
+    monkeypatch.setattr(info, "_shortest", shortest)
     clip = vs.core.std.BlankClip(width=32, height=24, format=vs.YUV420P8, length=8)
     opened = video.Video(folder / "vfr.mkv", clip, range(8), Fraction(1, 25), Fraction(0))
     given = {"model": str(folder / "model"), "reuse_steps": [1], "propagation_steps": []}
     price = info.price(opened, range(8), given)
-    assert timed == [(0, False), (1, True)]
-    assert price.seconds == pytest.approx(5.0 + 1.0 + 5.0)  # the third step is one like the first
+    assert timed == [(0, False), (0, False), (1, True), (2, False)]  # the second, to have its features
+    assert price.seconds == pytest.approx(6.0 + 1.0 + 5.0)
 
 
 def test_short_clips_are_priced_by_their_own_windows(folder, monkeypatch):

@@ -1,6 +1,7 @@
 """The documentation says what the program does: parameters, links, error messages, examples."""
 
 import ast
+import gc
 import inspect
 import re
 import sys
@@ -85,6 +86,7 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def mistakes(model, tmp_path_factory):
     """Calls that go wrong, one for each message of the troubleshooting page that is raised at call time."""
+    gc.collect()  # clips of other tests that are still there would be waited for
     core, folder = vs.core, tmp_path_factory.mktemp("mistakes")
     rgb = core.std.BlankClip(format=vs.RGBS, width=32, height=32, length=2)
     yuv = core.std.BlankClip(format=vs.YUV420P8, width=32, height=32, length=2)

@@ -197,8 +197,9 @@ ORDERS = {
     ("order", "budget"),
     [("linear", 20_000), ("reverse", 0), ("random", 1 << 30), ("strided", 20_000), ("back and forth", 1 << 30)],
 )
-def test_order_and_budget_change_no_bit(order, budget):
-    frames, settings, shots = clip(33), SETTINGS["unipc"], shots_of(33)
+@pytest.mark.parametrize("name", ["unipc", "reuse"])
+def test_order_and_budget_change_no_bit(order, budget, name):
+    frames, settings, shots = clip(33), SETTINGS[name], shots_of(33)
     expected = restore(frames, Fake(settings), shots)
     engine = Engine(Fake(settings), Store(budget))
     results = run(engine, frames, shots, ORDERS[order](list(range(6))))
@@ -216,7 +217,7 @@ def test_a_cold_block_has_the_same_bits(block):
 
 def test_a_linear_pass_at_the_smallest_budget_costs_little_more():
     """With the budget raised to the working set: at most half as many calls again as with no limit."""
-    for settings in (SETTINGS["ddim"], SETTINGS["plain"]):
+    for settings in (SETTINGS["ddim"], SETTINGS["plain"], SETTINGS["reuse"]):
         frames, shots = clip(72), shots_of(72, (*CUTS, 40, 41))
         calls = []
         for budget in (1, 1 << 30):
@@ -229,8 +230,9 @@ def test_a_linear_pass_at_the_smallest_budget_costs_little_more():
         assert calls[0] <= 1.5 * calls[1]
 
 
-def test_the_price_is_known_before():
-    settings = SETTINGS["dpm++2m"]
+@pytest.mark.parametrize("name", ["dpm++2m", "reuse"])
+def test_the_price_is_known_before(name):
+    settings = SETTINGS[name]
     frames, shots = clip(30), shots_of(30)
     for order in ("random", "back and forth"):
         networks = Fake(settings)
@@ -241,8 +243,9 @@ def test_the_price_is_known_before():
             assert len(networks.windows) - before == price.calls
 
 
-def test_it_reads_the_sources_of_the_plan_and_no_other():
-    settings = SETTINGS["ddim"]
+@pytest.mark.parametrize("name", ["ddim", "reuse"])
+def test_it_reads_the_sources_of_the_plan_and_no_other(name):
+    settings = SETTINGS[name]
     frames, shots = clip(60), shots_of(60)
 
     class Watched(dict):
@@ -259,9 +262,10 @@ def test_it_reads_the_sources_of_the_plan_and_no_other():
             assert read == wanted
 
 
-def test_what_was_planned_on_and_lost_is_named():
+@pytest.mark.parametrize("name", ["ddim", "reuse"])
+def test_what_was_planned_on_and_lost_is_named(name):
     frames, shots = clip(50), shots_of(50, ())
-    engine = Engine(Fake(SETTINGS["ddim"]), Store(1 << 30))
+    engine = Engine(Fake(SETTINGS[name]), Store(1 << 30))
     run(engine, frames, shots, [3])
     few = engine.plan(3, shots).sources
     engine.store.clear()
@@ -271,15 +275,16 @@ def test_what_was_planned_on_and_lost_is_named():
     everything = engine.fresh_plan(3, shots).sources
     assert caught.value.sources | few <= everything
     again = engine.run(3, shots, {n: frames[n] for n in everything})
-    expected = restore(frames, Fake(SETTINGS["ddim"]), shots)
+    expected = restore(frames, Fake(SETTINGS[name]), shots)
     assert all(torch.equal(picture, expected[n]) for n, picture in again.items())
 
 
-def test_what_a_run_needs_is_held_while_another_store_would_have_lost_it():
+@pytest.mark.parametrize("name", ["unipc", "reuse", "reuse, dpm++2m"])
+def test_what_a_run_needs_is_held_while_another_store_would_have_lost_it(name):
     """The store is emptied after every task; the run goes on with what it holds."""
     frames, shots = clip(50), shots_of(50)
-    expected = restore(frames, Fake(SETTINGS["unipc"]), shots)
-    engine = Engine(Fake(SETTINGS["unipc"]), Store(1 << 30))
+    expected = restore(frames, Fake(SETTINGS[name]), shots)
+    engine = Engine(Fake(SETTINGS[name]), Store(1 << 30))
     sources = dict(enumerate(frames))
     for block in (3, 4):
         pictures = engine.run(block, shots, sources, progress=lambda *state: engine.store.clear())

@@ -87,7 +87,7 @@ def window(length: int = 3, size: tuple[int, int] = (48, 56)):
 @pytest.mark.parametrize("scale", [1.0, 3.0], ids=["", "guided"])
 @pytest.mark.parametrize("tile", [(0, 0), (40, 40)], ids=["whole", "tiles"])
 def test_a_step_with_its_own_features_is_the_full_step(model, tile, scale):
-    each, given = networks(model, tile=tile, guidance_scale=scale, tile_overlap=8), window()
+    each, given = networks(model, tile=tile, guidance_scale=scale, tile_overlap=8, reuse_steps=(2,)), window()
     with each.arithmetic():
         v, deep = each.window_and_deep(1, *given)
         assert torch.equal(v, each.window(1, *given))
@@ -121,15 +121,19 @@ def test_each_tile_reuses_its_own_features(model):
 
 
 def test_a_step_without_guidance_reuses_the_features_of_the_positive_prompt(model):
-    """Guidance may end before a step that reuses features of a guided one."""
-    each, given = networks(model, guidance_scale=3.0, guidance_interval=(0.9, 1.0)), window()
-    assert [each.settings.guided(t) for t in each.sampler.timesteps] == [True, False, False]
-    with each.arithmetic():
-        _, deep = each.window_and_deep(0, *given)
-        assert deep.shape[1] == 2
-        got = each.window(1, *given, deep)
-        assert torch.equal(got, each.window(1, *given, deep[:, 1:]))
-        assert not torch.allclose(got, each.window(1, *given, deep[:, :1]), atol=1e-4)
+    """Guidance may end before a step that reuses features of a guided one. If all do, only these are kept."""
+    guidance = {"guidance_scale": 3.0, "guidance_interval": (0.5, 1.0)}
+    both, one = (networks(model, reuse_steps=steps, **guidance) for steps in ((1, 2), (2,)))
+    assert [both.settings.guided(t) for t in both.sampler.timesteps] == [True, True, False]
+    given = window()
+    with both.arithmetic():
+        _, deep = both.window_and_deep(1, *given)
+        _, positive = one.window_and_deep(1, *given)
+        assert deep.shape[1] == 2 and positive.shape[1] == 1 and torch.equal(positive, deep[:, 1:])
+        assert both.deep_bytes(48, 56) == 2 * one.deep_bytes(48, 56)
+        got = both.window(2, *given, deep)
+        assert torch.equal(got, one.window(2, *given, positive))
+        assert not torch.allclose(got, both.window(2, *given, deep[:, :1]), atol=1e-4)
 
 
 def test_guidance_must_not_begin_at_a_step_that_reuses():

@@ -38,6 +38,22 @@ def test_other_steps_move_a_presets_propagation_steps():
     assert indices(30, propagation_steps=[2]) == (2,)
 
 
+def test_other_steps_or_guidance_drop_a_presets_reuse():
+    own = {"own": {"steps": 2, "reuse_steps": [1]}}
+
+    def reused(**given):
+        return resolve({"preset": "own", **given}, {}, own).reuse_steps
+
+    assert reused() == reused(guidance_scale=3.0) == (1,)
+    assert reused(steps=4) == reused(steps=2) == reused(guidance_interval=(0, 0.5)) == reused(reuse_steps=[]) == ()
+    assert reused(steps=4, reuse_steps=[3, 1]) == (1, 3)
+
+
+def test_one_step_has_nothing_to_reuse():
+    with pytest.raises(ValueError, match=r"reuse_steps must be empty for steps=1, got \(1,\)"):
+        resolve({"steps": 1, "reuse_steps": [1]}, {}, {})
+
+
 @pytest.mark.parametrize("level", [0, 350])
 def test_noise_level_reaches_its_ends(level):
     assert resolve({"noise_level": level}, {}, {}).noise_level == level

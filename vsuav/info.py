@@ -30,6 +30,7 @@ PACKAGES = (
 )  # fmt: skip
 Size = tuple[int, int]
 """Height and width in input pixels."""
+Kind = tuple[bool, bool, bool]
 SMALL, LARGEST = (160, 160), (320, 320)
 """Sizes that are timed on a CPU where frames, or the tiles they are cut into, are larger than the second."""
 
@@ -124,14 +125,13 @@ def _peak(device: str) -> int:
     return torch.cuda.max_memory_allocated(device)
 
 
-def _kind(networks: Networks, step: int) -> tuple[bool, bool]:
-    """What a window of `step` costs depends on: whether it is guided, and whether it reuses deep features."""
-    return networks.settings.guided(networks.sampler.timesteps[step]), step in networks.recipe.reuse
+def _kind(networks: Networks, step: int) -> Kind:
+    """What a window of `step` costs depends on: whether it is guided, reuses deep features, keeps its own."""
+    recipe = networks.recipe
+    return networks.settings.guided(networks.sampler.timesteps[step]), step in recipe.reuse, recipe.keeps(step)
 
 
-def _measured(
-    networks: Networks, count: int, tile: Size, size: Size
-) -> tuple[dict[tuple[bool, bool], float], float, float]:
+def _measured(networks: Networks, count: int, tile: Size, size: Size) -> tuple[dict[Kind, float], float, float]:
     """Seconds of a window of a tile by its kind, of a decoded chunk, and of the flow of a pair.
 
     In a clip of `count` frames; windows and chunks have no more.
@@ -156,6 +156,8 @@ def _window(networks: Networks, step: int, count: int, size: Size) -> Callable[[
     latents = list(_noise(len(frames), networks.latent_channels, size).to(networks.latent_dtype))
     inputs = frames, latents, list(_noise(len(frames), 3, size)), networks.settings.prompt_at(0)
     origin = networks.recipe.origin(step)
+    if networks.recipe.keeps(step):
+        return partial(networks.window_and_deep, step, *inputs)
     deep = () if origin == step else networks.window_and_deep(origin, *inputs)[1:]
     return partial(networks.window, step, *inputs, *deep)
 

@@ -167,6 +167,7 @@ class Networks:
         self.latent_dtype = torch.float16 if self.dtype is torch.float16 else torch.float32
         self.sampler = Sampler(models.schedule, settings.steps, settings.solver, settings.spacing)
         self.recipe = recipe_of(settings, self.sampler)
+        self._kept = 1 + any(settings.guided(self.sampler.timesteps[step]) for step in self.recipe.reuse)
         self._noise = Noise(settings.seed)
         self.worker = worker(settings.device)
         self._schedule = models.low_res_schedule
@@ -236,10 +237,10 @@ class Networks:
     ) -> tuple[Tensor, Tensor]:
         """The same, and the deep features "tiles b t h w c" of the window, in the networks' dtype on the CPU.
 
-        b is 2 where guidance acts, the negative prompt's first.
+        b is 2 where the features are reused with guidance, the negative prompt's first.
         """
         v, deep = self._window(step, frames, latents, low_res, prompt, None, keep=True)
-        return v, torch.stack(deep)
+        return v, deep[0][None] if len(deep) == 1 else torch.stack(deep)
 
     def _window(
         self, step: int, frames: Sequence[int], latents: Sequence[Tensor], low_res: Sequence[Tensor], prompt: str,
@@ -270,9 +271,8 @@ class Networks:
         batch = 2 if guided else 1
         pair = [self._sent(x, self.dtype).expand(batch, -1, -1, -1, -1) for x in (sample, low_res)]
         time, label = (torch.full((1,), n, device=self.device) for n in (timestep, self.settings.noise_level))
-        reused = None if deep is None else self._sent(deep[-batch:]).movedim(-1, 1)
-        result = self._run(self._call, pair[0], time, pair[1], context, label, reused, keep, frames=frames)
-        v, kept = (result[0], result[1].movedim(1, -1).cpu()) if keep else (result, None)
+        reused = None if deep is None else deep[-batch:]
+        v, kept = self._run(self._reusing, pair[0], time, pair[1], context, label, reused, keep, frames=frames)
         v = v.float().cpu()
         if guided:
             negative, positive = v.split(1)
@@ -281,12 +281,19 @@ class Networks:
                 v[:, -1] = positive[0, -1]  # what is to lose its colour is no matter of degree
         return v, kept
 
+    def _reusing(
+        self, x: Tensor, time: Tensor, low_res: Tensor, context: object, label: Tensor, deep: Tensor | None, keep: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Call the U-Net with features that lie on the CPU, "b t h w c", and bring those to be kept there."""
+        deep = None if deep is None else self._sent(deep).movedim(-1, 1)
+        result = self._call(x, time, low_res, context, label, deep, keep)
+        return (result[0], result[1][-self._kept :].movedim(1, -1).cpu()) if keep else (result, None)
+
     def deep_bytes(self, height: int, width: int) -> int:
         """Bytes of a frame's part of a window's deep features, for input frames of this size."""
         cover = tiles(height, width, self.settings.tile, self.settings.tile_overlap)
         pixels = sum((t.bottom - t.top) * (t.right - t.left) for t in cover)
-        copies = 1 + any(map(self.settings.guided, self.sampler.timesteps))
-        return copies * pixels * self._unet.config.deep_channels * self.dtype.itemsize
+        return self._kept * pixels * self._unet.config.deep_channels * self.dtype.itemsize
 
     def decode(self, frames: Sequence[int], latents: Sequence[Tensor], low_res: Sequence[Tensor]) -> Tensor:
         """Decode one chunk: "t 3 4h 4w", float32 on the CPU in [0, 1], with the colour fix.

@@ -339,4 +339,4 @@ def working_set(recipe: Recipe, latent_bytes: int, clean_bytes: int, flow_bytes:
     """
     each = {"v": latent_bytes, "latent": latent_bytes, "flow": flow_bytes, "deep": deep_bytes}
     held = sum(each.get(kind, clean_bytes) * count for kind, count in front(recipe).frames.items())
-    return held + held // 4 + 2 * WINDOW * latent_bytes
+    return held + held // 4 + 2 * WINDOW * (latent_bytes + (deep_bytes if recipe.reuse else 0))

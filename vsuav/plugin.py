@@ -97,8 +97,8 @@ def upscale(
         noise_level: 0…350; low keeps to the input, high invents detail.
         propagation_steps: step indices after which latents are propagated along the optical flow.
         propagation_radius: frames a chain of propagation reaches at least.
-        reuse_steps: step indices, from 1, at which only the U-Net's outer ring is computed, with the deep features of
-            the last step before that is not among them: faster, other pixels.
+        reuse_steps: step indices from 1 at which only the U-Net's outer ring is computed, with the deep features of the
+            last step before that is not among them; faster, other pixels.
         flow: `raft` (needs weights in the model folder), `dis`, or `auto`.
         video_vae: decode with the video decoder (False: the image decoder).
         tiny_vae: decode with the tiny decoder in the model's folder `vae_tiny`: faster, coarser.

@@ -118,7 +118,8 @@ def resolve(
 ) -> Settings:
     """Fill what `given` leaves at None from the preset, then the model's defaults, then `FALLBACK`; check every value.
 
-    Where the caller gives the steps alone, the preset's propagation and reuse steps keep their place in proportion.
+    Where the caller gives the steps alone, the preset's propagation steps keep their place in proportion. Its reuse
+    steps belong to its own steps and guidance interval: a caller who gives one of these has none but those he gives.
 
     Args:
         given: the caller's values by the names of `upscale`'s parameters; None = not given.
@@ -133,11 +134,11 @@ def resolve(
     if preset not in known:
         raise ValueError(f"preset must be one of {', '.join(known)}, got {preset!r}")
     values = {**FALLBACK, **defaults, **known[preset]}
-    if _is_real(given.get("steps")):
+    if _is_real(given.get("steps")) and given.get("propagation_steps") is None:
         parts = given["steps"] / values.get("steps", Settings.steps)
-        for name, first in (("propagation_steps", 0), ("reuse_steps", 1)):
-            moved = [math.floor(index * parts) for index in values[name]]
-            values[name] = [index for index in moved if index >= first]
+        values["propagation_steps"] = [math.floor(index * parts) for index in values["propagation_steps"]]
+    if any(given.get(name) is not None for name in ("steps", "guidance_interval")):
+        values["reuse_steps"] = ()
     values.update({name: value for name, value in given.items() if value is not None})
     values["prompts"] = _prompts(values.pop("prompt"))
     allowed = {field.name for field in fields(Settings)}
@@ -177,6 +178,7 @@ def check(settings: Settings) -> Settings:
     for name, first in (("propagation_steps", 0), ("reuse_steps", 1)):
         indices, last = getattr(s, name), values["steps"] - 1
         _require(isinstance(indices, tuple), f"{name} must be a list of step indices", indices)
+        _require(last >= first or not indices, f"{name} must be empty for steps={values['steps']}", indices)
         values[name] = tuple(sorted({_integer(name, index, first, last, "each of ") for index in indices}))
     copies = isinstance(s.ensemble, int) and not isinstance(s.ensemble, bool) and s.ensemble in MIRRORS
     _require(copies, f"ensemble must be one of {', '.join(map(str, MIRRORS))}", s.ensemble)
