@@ -136,15 +136,17 @@ def test_a_compiled_network_gives_the_same_whatever_shapes_it_saw_before(fresh):
 def test_a_compiled_model_restores_as_an_ordinary_one(model, fresh):
     low_res = list(torch.rand(3, 3, 20, 24) * 2 - 1)
     latents = list(torch.randn(3, 4, 20, 24))
-    plain, other = networks(model), networks(model, compile="kernels")
+    plain, other = (networks(model, compile=how, reuse_steps=(2,)) for how in ("none", "kernels"))
     assert plain.digest != other.digest
     for guidance in (1.0, 3.0):
         results = []
         for each in (plain, other):
             each.settings = replace(each.settings, guidance_scale=guidance)
             with each.arithmetic():
-                v = each.window(1, (0, 1, 2), latents, low_res, "rain")
-                results.append((v, each.decode((0, 1, 2), latents, low_res)))
+                inputs = (0, 1, 2), latents, low_res, "rain"
+                v, deep = each.window_and_deep(1, *inputs)
+                reused = each.window(2, *inputs, deep) if guidance == 1.0 else v
+                results.append((v, each.window(1, *inputs), reused, each.decode((0, 1, 2), latents, low_res)))
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * float(a.abs().max()))
 

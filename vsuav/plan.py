@@ -10,11 +10,11 @@ between. A key names one value of the graph:
     ("clean", step, n)            clean latent as used        ("frame", n)          decoded frame
 
 Latents before step 0 are noise and need no task. The planner goes through the steps from the last to the first,
-collects what is wanted and not there, and lists the tasks from the first step to the last.
+collects what is wanted and not there, and lists the tasks so that each is done when a later one needs it.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -136,7 +136,26 @@ def plan_latents(wanted: Iterable[int], recipe: Recipe, shots: Shots, have: Call
         latents = level.demand(latents, cleans, deeps, flows)
         levels.append(level.tasks)
     flow_tasks = [Task("flow", 0, (n, n + 1), (), (("flow", n),), (n, n + 1)) for n in sorted(flows)]
-    return Plan((*flow_tasks, *(task for level in reversed(levels) for task in level)))
+    return Plan(tuple(_late([*flow_tasks, *(task for level in reversed(levels) for task in level)])))
+
+
+def _late(tasks: list[Task]) -> Iterator[Task]:
+    """The tasks, each only when a later one reads what it makes: so that as little as possible is held at one time."""
+    maker = {key: task for task in tasks for key in task.makes}
+    read = {key for task in tasks for key in task.reads}
+    roots = [task for task in tasks if read.isdisjoint(task.makes)]
+    begun: set[Key] = set()
+    stack = [(task, iter(task.reads)) for task in reversed(roots)]
+    while stack:
+        task, reads = stack[-1]
+        begun.add(task.makes[0])
+        for key in reads:
+            if key in maker and maker[key].makes[0] not in begun:
+                stack.append((maker[key], iter(maker[key].reads)))
+                break
+        else:
+            stack.pop()
+            yield task
 
 
 class _Level:
