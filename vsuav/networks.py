@@ -352,8 +352,9 @@ class Networks:
             raise NetworkError(
                 f"{self.device} has too little memory for {where} at {width}x{height}; try tile={smaller}"
             ) from error
-        if not torch.isfinite(result[0] if isinstance(result, tuple) else result).all():
-            name = str(result.dtype).removeprefix("torch.")
+        first = result[0] if isinstance(result, tuple) else result
+        if not torch.isfinite(first).all():
+            name = str(first.dtype).removeprefix("torch.")
             advice = "another model, or a clip without NaN" if name == "float32" else "dtype='float32'"
             raise NetworkError(f"{where} came out not finite in {name}; try {advice}")
         return result
