@@ -224,13 +224,15 @@ class Learner(nn.Module):
         return torch.cat([vae.decode(a, b, level).float() for a, b in chunks], dim=2)
 
     def percept(self, result: Tensor, truth: Tensor) -> Tensor:
-        """stLPIPS (alex) "b" on one random window of every frame; nothing without its weights ("stlpips": false)."""
+        """stLPIPS "b" on one random window of every frame, the mean of the stage's "nets" (alex, if it does not say);
+        nothing without its weights ("stlpips": false)."""
         if not self.perceptual:
             return result.new_zeros(len(result))
         side = min(self.stage.get("window", 64), result.shape[-1])
         y, x = (int(torch.randint(length - side + 1, ())) for length in result.shape[-2:])
         cut = lambda v: v[..., y : y + side, x : x + side].transpose(1, 2).flatten(0, 1)  # noqa: E731
-        return self.perceptual[0](cut(result), cut(truth)).view(len(result), -1).mean(1)
+        result, truth, clips = cut(result), cut(truth), len(result)
+        return torch.stack([net(result, truth) for net in self.perceptual]).mean(0).view(clips, -1).mean(1)
 
     def window(self, z: Tensor, batch: dict) -> tuple[Tensor, dict]:
         """A random part of the latents, and the batch's frames there: decoding is what costs most."""
@@ -482,7 +484,8 @@ def train(
     lay_out(learner)
     speed_up(learner)
     if not learner.diffusion and config.get("stlpips") is not False:
-        learner.perceptual.append(STLPIPS(config.get("stlpips") or data / "packages").to(accelerator.device))
+        weights = config.get("stlpips") or data / "packages"
+        learner.perceptual += [STLPIPS(weights, net).to(accelerator.device) for net in stage.get("nets", ["alex"])]
     optimizer = torch.optim.AdamW(
         [{"params": [parameters[n] for n in names], "base": stage["rates"][g]} for g, names in groups.items()],
         lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4,

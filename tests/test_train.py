@@ -1,5 +1,6 @@
 """Training at toy size: resuming is exact, frozen layers stay frozen, the data's order is a function of the step."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 import toy
 from export import export
 from fastnorm import speed_up
+from perceptual import ALEX, MEMBER, VGG
 from safetensors.torch import save_file
 from train import LEVELS, PROMPTS, Batches, Learner, build, fill_levels, flicker, look, seeded, train
 
@@ -179,6 +181,34 @@ def test_a_step_takes_the_mean_gradient_of_its_parts(data, tmp_path):
     for i, parameter in enumerate(parameters):
         first = saved[i]["exp_avg"] / 0.1  # betas[0] is 0.9
         torch.testing.assert_close(first, parameter.grad / 2, rtol=0, atol=1e-4 * float(first.abs().max()) + 1e-7)
+
+
+def test_several_perceptual_networks_count_alike(data, tmp_path):
+    """With random weights: each network alone, then both, on the same batch from the same state."""
+    rng, folder = torch.Generator().manual_seed(0), tmp_path / "weights"
+    for name, layout in (("alex", ALEX), ("vgg", VGG)):
+        state, width = {}, 3
+        words = [word.split(":") for word in layout.replace("|", "").split() if ":" in word]
+        for i, (out, kernel, _) in enumerate(words):
+            shape = (int(out), width, int(kernel), int(kernel))
+            state[f"net.slice1.{i}.weight"] = torch.randn(shape, generator=rng) / np.prod(shape[1:]) ** 0.5
+            state[f"net.slice1.{i}.bias"], width = torch.zeros(shape[0]), shape[0]
+        last = (64, 192, 384, 256, 256) if name == "alex" else (64, 128, 256, 512, 512)
+        state |= {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1, generator=rng) for i, c in enumerate(last)}
+        path = folder / MEMBER.format(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path)
+    seen = {}
+    for nets in (["alex"], ["vgg"], ["alex", "vgg"]):
+        given = config() | {"stlpips": str(folder)}
+        given["stages"]["vae_image"]["nets"] = nets
+        out = tmp_path / "-".join(nets)
+        train("vae_image", given, data, out, stop=1, log_every=1)
+        with (out / "vae_image.csv").open() as file:
+            seen[tuple(nets)] = float(next(csv.DictReader(file))["percept"])
+    alone = seen["alex",], seen["vgg",]
+    assert min(alone) > 0 and abs(alone[0] - alone[1]) > 1e-3 * max(alone)
+    assert seen["alex", "vgg"] == pytest.approx(sum(alone) / 2, rel=1e-4)
 
 
 def test_the_latents_of_any_other_model_are_its_own_encoders(data):
