@@ -312,11 +312,17 @@ class Learner(nn.Module):
         return estimate, z, (i + 1) / count, level
 
     def picture(self, result: Tensor, batch: dict, level: Tensor, place: float = 1.0) -> dict[str, Tensor]:
-        """L1 and stLPIPS weighed by the noise level. Early steps count pixels more."""
+        """L1 and stLPIPS weighed by the noise level. Early steps count pixels more.
+
+        With "colours" in the stage, perception is left to brightness (`tinted`) and colours have an L1 of that weight.
+        """
         pixels, perception = self.weight("pixels", PIXELS, level), self.weight("percept", PERCEPT, level)
-        l1 = (result - batch["hr"]).abs().flatten(1).mean(1)
+        l1, colours = (result - batch["hr"]).abs().flatten(1).mean(1), 0.0
+        if "colours" in self.stage:
+            bright = tinted(result, batch["hr"])
+            colours, result = self.stage["colours"] * (result - bright).abs().flatten(1).mean(1), bright
         percept = self.percept(result, batch["hr"])
-        loss = (pixels * l1 + place * perception * percept).mean()
+        loss = (pixels * (l1 + colours) + place * perception * percept).mean()
         return {"loss": loss, "l1": l1.mean(), "percept": percept.mean()}
 
     def weight(self, name: str, usual: tuple[float, ...], level: Tensor) -> Tensor:
@@ -351,6 +357,14 @@ class Learner(nn.Module):
         losses["flicker"] = flicker(result, batch["hr"])
         losses["loss"] = losses["loss"] + self.weight("flicker", FLICKER, level).mean() * losses["flicker"]
         return losses
+
+
+def tinted(result: Tensor, truth: Tensor) -> Tensor:
+    """The brightness of `result`, the mean of its channels, with the colours of `truth`, both "b 3 t h w".
+
+    A perceptual loss that sees only this draws no coloured fringes.
+    """
+    return truth + (result - truth).mean(1, keepdim=True)
 
 
 def flicker(result: Tensor, truth: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from export import export
 from fastnorm import speed_up
 from perceptual import ALEX, MEMBER, VGG
 from safetensors.torch import save_file
-from train import LEVELS, PROMPTS, Batches, Learner, build, fill_levels, flicker, look, seeded, train
+from train import LEVELS, PROMPTS, Batches, Learner, build, fill_levels, flicker, look, seeded, tinted, train
 
 from vsuav.checkpoint import load
 from vsuav.layers import JointNorm, VolumeConv
@@ -209,6 +209,27 @@ def test_several_perceptual_networks_count_alike(data, tmp_path):
     alone = seen["alex",], seen["vgg",]
     assert min(alone) > 0 and abs(alone[0] - alone[1]) > 1e-3 * max(alone)
     assert seen["alex", "vgg"] == pytest.approx(sum(alone) / 2, rel=1e-4)
+
+
+def test_perception_can_be_left_to_brightness():
+    truth = torch.rand(1, 3, 2, 5, 7, generator=torch.Generator().manual_seed(0))
+    colour = torch.tensor([0.3, -0.2, -0.1]).view(1, 3, 1, 1, 1).expand_as(truth)
+    bright = torch.rand(1, 1, 2, 5, 7).expand_as(truth)
+    torch.testing.assert_close(tinted(truth + colour, truth), truth)
+    torch.testing.assert_close(tinted(truth + bright + colour, truth), truth + bright)
+
+
+def test_colours_have_a_loss_of_their_own(data):
+    """Without stLPIPS: an error of colour alone costs (1 + "colours") times its L1, one of brightness alone its L1."""
+    stage = config()["stages"]["vae_image"] | {"colours": 2, "pixels": [3, 3, 3, 3, 3]}
+    learner = Learner(
+        build(config()), Schedule.from_config(toy.SCHEDULER), stage, "vae_image", torch.zeros(9, 3, 16),
+        torch.from_numpy(np.load(data / "basis.npy")),
+    )  # fmt: skip
+    batch, level = {"hr": torch.zeros(1, 3, 1, 8, 8)}, torch.tensor([20])
+    for error, times in (((0.3, -0.2, -0.1), 3), ((0.2, 0.2, 0.2), 1)):
+        result = torch.tensor(error).view(1, 3, 1, 1, 1).expand(1, 3, 1, 8, 8)
+        assert learner.picture(result, batch, level)["loss"].item() == pytest.approx(3 * times * 0.2, rel=1e-5)
 
 
 def test_the_latents_of_any_other_model_are_its_own_encoders(data):
