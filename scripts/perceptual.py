@@ -1,4 +1,4 @@
-"""stLPIPS, the shift-tolerant perceptual distance (Ghildyal and Liu 2022), as a loss (alex) and as a metric (vgg).
+"""stLPIPS, the shift-tolerant perceptual distance (Ghildyal and Liu 2022), as a loss (alex, or both) and as a metric (vgg).
 
 Only the weights come from the package `stlpips-pytorch` (0.0.2); they are read out of its wheel or its installed
 folder, no code of it runs. Inputs are "n 3 h w" in [-1, 1], distances "n" (0 = the same).
@@ -18,6 +18,7 @@ VGG = (
     "64:3:1 relu 64:3:1 relu | max2 blur 128:3:1 relu 128:3:1 relu | max2 blur 256:3:1 relu 256:3:1 relu 256:3:1 relu"
     " | max2 blur 512:3:1 relu 512:3:1 relu 512:3:1 relu | max2 blur 512:3:1 relu 512:3:1 relu 512:3:1 relu"
 )
+LAYOUTS = {"alex": ALEX, "vgg": VGG}
 
 
 class Blur(nn.Module):
@@ -64,12 +65,17 @@ class STLPIPS(nn.Module):
 
     Args:
         source: the wheel, a folder that holds it, or the folder it was installed into.
-        net: "alex" (fast, for training) or "vgg" (for measuring).
+        net: "alex" (fast) or "vgg" (what reports are measured with).
+
+    Raises:
+        ValueError: another net. FileNotFoundError: no weights there.
     """
 
     def __init__(self, source: str | Path, net: str = "alex"):
         super().__init__()
-        self.slices = _slices({"alex": ALEX, "vgg": VGG}[net])
+        if net not in LAYOUTS:
+            raise ValueError(f"STLPIPS: net must be one of {', '.join(LAYOUTS)}, got {net!r}")
+        self.slices = _slices(LAYOUTS[net])
         state = _read(Path(source), net)
         kernels = [k for k in state if k.startswith("net.") and k.endswith(".weight") and state[k].ndim == 4]
         kernels.sort(key=lambda key: [int(number) for number in key.replace("slice", "").split(".")[1:3]])

@@ -10,7 +10,7 @@ import torch
 import toy
 from export import export
 from fastnorm import speed_up
-from perceptual import ALEX, MEMBER, VGG
+from perceptual import LAYOUTS, MEMBER
 from safetensors.torch import save_file
 from train import LEVELS, PROMPTS, Batches, Learner, build, fill_levels, flicker, look, seeded, tinted, train
 
@@ -186,7 +186,7 @@ def test_a_step_takes_the_mean_gradient_of_its_parts(data, tmp_path):
 def test_several_perceptual_networks_count_alike(data, tmp_path):
     """With random weights: each network alone, then both, on the same batch from the same state."""
     rng, folder = torch.Generator().manual_seed(0), tmp_path / "weights"
-    for name, layout in (("alex", ALEX), ("vgg", VGG)):
+    for name, layout in LAYOUTS.items():
         state, width = {}, 3
         words = [word.split(":") for word in layout.replace("|", "").split() if ":" in word]
         for i, (out, kernel, _) in enumerate(words):
@@ -209,6 +209,9 @@ def test_several_perceptual_networks_count_alike(data, tmp_path):
     alone = seen["alex",], seen["vgg",]
     assert min(alone) > 0 and abs(alone[0] - alone[1]) > 1e-3 * max(alone)
     assert seen["alex", "vgg"] == pytest.approx(sum(alone) / 2, rel=1e-4)
+    given["stages"]["vae_image"]["nets"] = ["squeeze"]
+    with pytest.raises(ValueError, match="STLPIPS: net must be one of alex, vgg, got 'squeeze'"):
+        train("vae_image", given, data, tmp_path / "squeeze", stop=1)
 
 
 def test_perception_can_be_left_to_brightness():
