@@ -1,4 +1,4 @@
-"""stLPIPS, the shift-tolerant perceptual distance (Ghildyal and Liu 2022), as a loss (alex, or both) and as a metric (vgg).
+"""stLPIPS, the shift-tolerant perceptual distance (Ghildyal and Liu 2022): a loss (alex, or both) and a metric (vgg).
 
 Only the weights come from the package `stlpips-pytorch` (0.0.2); they are read out of its wheel or its installed
 folder, no code of it runs. Inputs are "n 3 h w" in [-1, 1], distances "n" (0 = the same).
