@@ -71,8 +71,9 @@ LEVELS = (0, 20, 60, 120, 200)
 """The noise levels trained. Each level has its own row in the class table; the rows between are interpolated."""
 OFTEN = (0.45, 0.25, 0.1, 0.1, 0.1)
 PIXELS, PERCEPT, FLICKER = (3.0, 1.0, 1.0, 1.0, 1.0), (0.05, 0.8, 0.9, 1.1, 1.4), (1.0, 1.0, 1.0, 1.0, 1.0)
-"""How often each is trained, and what an error of pixels, of perception and of steadiness weighs there (if a stage does
-not say so itself, as "often", "pixels", "percept" and "flicker"): a knob needs clear ends."""
+NO_PSNR = (0.0, 0.0, 0.0, 0.0, 0.0)
+"""How often each is trained, and what an error of pixels, of perception, of steadiness and a decibel weigh there (if a
+stage does not say so itself, as "often", "pixels", "percept", "flicker" and "psnr"): a knob needs clear ends."""
 
 
 PART = ("data", "batch", "frames", "size", "strength", "clean", "looks")
@@ -315,14 +316,16 @@ class Learner(nn.Module):
         """L1 and stLPIPS weighed by the noise level. Early steps count pixels more.
 
         With "colours" in the stage, perception is left to brightness (`tinted`) and colours have an L1 of that weight.
+        With "psnr", what a decibel of its PSNR-Y is worth at each level (PSNR loss: Chen et al. 2021, HINet).
         """
         pixels, perception = self.weight("pixels", PIXELS, level), self.weight("percept", PERCEPT, level)
         l1, colours = (result - batch["hr"]).abs().flatten(1).mean(1), 0.0
+        decibels = self.weight("psnr", NO_PSNR, level) * shortfall(result, batch["hr"])
         if "colours" in self.stage:
             bright = tinted(result, batch["hr"])
             colours, result = self.stage["colours"] * (result - bright).abs().flatten(1).mean(1), bright
         percept = self.percept(result, batch["hr"])
-        loss = (pixels * (l1 + colours) + place * perception * percept).mean()
+        loss = (pixels * (l1 + colours) + decibels + place * perception * percept).mean()
         return {"loss": loss, "l1": l1.mean(), "percept": percept.mean()}
 
     def weight(self, name: str, usual: tuple[float, ...], level: Tensor) -> Tensor:
@@ -365,6 +368,12 @@ def tinted(result: Tensor, truth: Tensor) -> Tensor:
     A perceptual loss that sees only this draws no coloured fringes.
     """
     return truth + (result - truth).mean(1, keepdim=True)
+
+
+def shortfall(result: Tensor, truth: Tensor) -> Tensor:
+    """How many dB of PSNR, of BT.601 luma, each of "b 3 t h w" in [-1, 1] lacks to 50 dB: "b", at least 0."""
+    error = (result - truth).mul(result.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)).sum(1) / 2
+    return 50 + 10 * torch.log10(error.square().flatten(1).mean(1) + 1e-5)
 
 
 def flicker(result: Tensor, truth: Tensor) -> Tensor:

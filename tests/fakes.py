@@ -37,6 +37,9 @@ class Fake:
         self.digest = f"fake {settings.digest()} {latent_dtype}"
         self.windows: list[tuple[int, int, int]] = []
 
+    def transposed(self) -> "Fake":
+        return self
+
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Any text will do."""
 

@@ -10,12 +10,15 @@ import torch
 import toy
 from export import export
 from fastnorm import speed_up
+from hypothesis import given
+from hypothesis import strategies as st
 from perceptual import LAYOUTS, MEMBER
 from safetensors.torch import save_file
-from train import LEVELS, PROMPTS, Batches, Learner, build, fill_levels, flicker, look, seeded, tinted, train
+from train import LEVELS, PROMPTS, Batches, Learner, build, fill_levels, flicker, look, seeded, shortfall, tinted, train
 
 from vsuav.checkpoint import load
 from vsuav.layers import JointNorm, VolumeConv
+from vsuav.metrics import psnr_y
 from vsuav.schedule import Schedule
 from vsuav.text import read_prompts
 from vsuav.unet import temporal_parameters
@@ -233,6 +236,28 @@ def test_colours_have_a_loss_of_their_own(data):
     for error, times in (((0.3, -0.2, -0.1), 3), ((0.2, 0.2, 0.2), 1)):
         result = torch.tensor(error).view(1, 3, 1, 1, 1).expand(1, 3, 1, 8, 8)
         assert learner.picture(result, batch, level)["loss"].item() == pytest.approx(3 * times * 0.2, rel=1e-5)
+
+
+@given(st.integers(0, 1000), st.floats(0.2, 0.8))
+def test_the_psnr_loss_counts_the_decibels_that_are_reported(seed, size):
+    """For clips of one frame; beside the metric, which has another peak."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.rand(3, 3, 1, 9, 7, generator=generator)
+    noise = size * torch.randn(truth.shape, generator=generator)
+    metric = [psnr_y(*(x[:, 0][None] / 2 + 0.5 for x in pair)) for pair in zip(truth + noise, truth, strict=True)]
+    loss = shortfall(truth + noise, truth)
+    assert (loss[0] - loss[1:]).tolist() == pytest.approx([m - metric[0] for m in metric[1:]], abs=0.05)
+
+
+def test_the_psnr_loss_is_the_levels_own(data):
+    stage = config()["stages"]["vae_image"] | {"pixels": [0, 0, 0, 0, 0], "psnr": [0.5, 0, 0, 0, 0]}
+    learner = Learner(
+        build(config()), Schedule.from_config(toy.SCHEDULER), stage, "vae_image", torch.zeros(9, 3, 16),
+        torch.from_numpy(np.load(data / "basis.npy")),
+    )  # fmt: skip
+    batch, result = {"hr": torch.zeros(1, 3, 1, 8, 8)}, torch.full((1, 3, 1, 8, 8), 0.2)
+    losses = [learner.picture(result, batch, torch.tensor([level]))["loss"].item() for level in (0, 20)]
+    assert losses == pytest.approx([0.5 * 30, 0], abs=0.01)
 
 
 def test_the_latents_of_any_other_model_are_its_own_encoders(data):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vsuav.disk import Disk
-from vsuav.ensemble import averaged
+from vsuav.ensemble import Orientation, averaged
 from vsuav.flow import origins
 from vsuav.networks import Networks
 from vsuav.plan import BLOCK, Key, Plan, Task, cone, front, plan_block, plan_latents, working_set
@@ -257,8 +257,9 @@ def restore(frames: Tensor, networks: Networks, shots: Shots | None = None, cach
     return averaged(partial(_restored, networks, shots, cache_mib), frames, networks.settings.ensemble)
 
 
-def _restored(networks: Networks, shots: Shots, cache_mib: int, frames: Tensor) -> Tensor:
+def _restored(networks: Networks, shots: Shots, cache_mib: int, frames: Tensor, orientation: Orientation) -> Tensor:
     length, _, height, width = frames.shape
+    networks = networks.transposed() if orientation.transposed else networks
     engine = Engine(networks, Store(cache_mib << 20))
     engine.store.raise_budget(engine.working_set(height, width))
     sources = dict(enumerate(frames.float().contiguous()))

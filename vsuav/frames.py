@@ -1,12 +1,14 @@
 """VapourSynth clips and frames ↔ tensors: formats, matrices, ranges, frame properties."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import vapoursynth as vs
 from torch import Tensor
+
+from vsuav.ensemble import Orientation
 
 UNSPECIFIED = 2
 BT709 = 1
@@ -101,11 +103,10 @@ def to_rgb(clip: vs.VideoNode, look: Look) -> vs.VideoNode:
     return clip.resize.Bicubic(format=vs.RGBS, range_in=look.range, range=int(vs.RANGE_FULL), **matrix)
 
 
-def mirrored(clip: vs.VideoNode, axes: Collection[int]) -> vs.VideoNode:
-    """`clip` mirrored along `axes`, -1 the horizontal and -2 the vertical one; twice is not at all."""
-    if -2 in axes:
-        clip = clip.std.FlipVertical()
-    return clip.std.FlipHorizontal() if -1 in axes else clip
+def oriented(clip: vs.VideoNode, orientation: Orientation) -> vs.VideoNode:
+    """`clip` as it lies in `orientation`; twice is not at all."""
+    clip = clip.std.Transpose() if orientation.transposed else clip
+    return clip.std.Turn180() if orientation.half else clip
 
 
 def mean(clips: list[vs.VideoNode]) -> vs.VideoNode:

@@ -11,6 +11,7 @@ import platform
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ class Networks:
     """
 
     def __init__(self, models: Models, settings: Settings):
-        self.settings = settings
+        self.models, self.settings = models, settings
         self.device = torch.device(settings.device)
         self.dtype = TORCH_DTYPES[settings.dtype]
         self.latent_channels = models.unet.config.out_channels
@@ -193,6 +194,11 @@ class Networks:
         self.digest = "|".join(
             (models.digest, settings.digest(), device_kind(settings.device), f"{settings.threads} threads")
         )
+
+    def transposed(self) -> "Networks":
+        """The same for frames whose rows and columns are swapped: then those of tiles are, too."""
+        tile = self.settings.tile[::-1]
+        return self if tile == self.settings.tile else type(self)(self.models, replace(self.settings, tile=tile))
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Encode the prompts and the negative prompt, so that one that cannot be encoded is an error now."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from vsuav import frames
 from vsuav.disk import Disk
 from vsuav.engine import Engine, Missing
-from vsuav.ensemble import MIRRORS
+from vsuav.ensemble import ORIENTATIONS, Orientation
 from vsuav.networks import NetworkError, Networks, choose
 from vsuav.plan import evidence_span
 from vsuav.progress import Progress
@@ -103,7 +103,7 @@ def upscale(
         video_vae: decode with the video decoder (False: the image decoder).
         tiny_vae: decode with the tiny decoder in the model's folder `vae_tiny`: faster, coarser.
         color_fix: `none`, `adain` or `wavelet`: brings colours back to the input's.
-        ensemble: 1, 2 or 4: the mean of so many mirrored restorations; nearer to the truth, a little softer, as many
+        ensemble: 1, 2 or 4: the mean of so many turned restorations; nearer to the truth, a little softer, as many
             times slower.
         scale: 1…4; below 4 the result is downscaled.
         width, height: size of the result instead of `scale`; one of them keeps the shape of the picture.
@@ -142,9 +142,9 @@ def _upscale(clip: vs.VideoNode, given: dict[str, Any]) -> vs.VideoNode:
     models, settings = choose(given, clip.width, clip.height)
     networks = Networks(models, settings)
     networks.check_prompts([text for _, text in settings.prompts])
-    mirrors = MIRRORS[settings.ensemble]
-    budgets = budget // len(mirrors), given["cache_dir"], disk_budget
-    restorers = [Restorer(clip, networks, *budgets, mirror) for mirror in mirrors]
+    orientations = ORIENTATIONS[settings.ensemble]
+    budgets = budget // len(orientations), given["cache_dir"], disk_budget
+    restorers = [Restorer(clip, networks, *budgets, orientation) for orientation in orientations]
     return finished(lambda look: frames.mean([each.clip(look) for each in restorers]), clip, look, size)
 
 
@@ -218,7 +218,7 @@ def _mebibytes(name: str, value: Any) -> int:
 class Restorer:
     """The nodes that restore one clip. It holds the source's nodes and none of the result's, so both can be freed.
 
-    `mirror`: axes along which it works on a mirrored copy of the clip; its result is not mirrored.
+    `orientation`: how the copy of the clip lies that it works on; its result lies as the clip does.
     """
 
     def __init__(
@@ -228,15 +228,15 @@ class Restorer:
         budget: int,
         cache_dir: str | Path | None,
         disk_budget: int,
-        mirror: tuple[int, ...] = (),
+        orientation: Orientation = ORIENTATIONS[1][0],
     ):
-        self._source, self._mirror = clip, mirror
+        self._source, self._orientation = clip, orientation
         self._length = clip.num_frames
-        self._networks = networks
+        self._networks = networks.transposed() if orientation.transposed else networks
         self._life = Life()
         self._progress = Progress(self._life.inform)
         disk = None if cache_dir is None else Disk(cache_dir, disk_budget, self._life.warn)
-        self.engine = Engine(networks, Store(budget), disk)
+        self.engine = Engine(self._networks, Store(budget), disk)
         self._records = Records(REQUESTS * len(self._span(self._length // BLOCK // 2)))
         self._budget_checked = False
         self._blank = vs.core.std.BlankClip(format=vs.GRAY8, width=16, height=16, length=1, keep=True)
@@ -244,7 +244,7 @@ class Restorer:
     def clip(self, look: frames.Look) -> vs.VideoNode:
         """The restored clip: RGBS, 4x as large; `look` says how the source is to be read. To be called once."""
         core = vs.core
-        self._rgb = frames.mirrored(frames.to_rgb(self._source, look), self._mirror)
+        self._rgb = frames.oriented(frames.to_rgb(self._source, look), self._orientation)
         self._evidence = self._evidence_node()
         grid = self._blank.std.Loop(-(-self._length // BLOCK))
         evidence = grid.std.FrameEval(self._gather_evidence)
@@ -253,7 +253,7 @@ class Restorer:
         blocks.std.SetVideoCache(mode=1, fixedsize=1, maxsize=KEPT_BLOCKS, maxhistory=KEPT_BLOCKS)
         results = core.std.Interleave([blocks] * BLOCK)[: self._length]
         template = core.std.BlankClip(self._rgb, width=4 * self._rgb.width, height=4 * self._rgb.height, keep=True)
-        return frames.mirrored(template.std.ModifyFrame([results], _hand_out), self._mirror)
+        return frames.oriented(template.std.ModifyFrame([results], _hand_out), self._orientation)
 
     def shots(self, block: int) -> Shots:
         """The shots around a block, from evidence that has been read."""
@@ -354,7 +354,7 @@ def evidence(n: int, props: Mapping[str, Any], digest: bytes | None = None) -> R
 def _record(records: Records, n: int, f: list) -> vs.VideoFrame:
     digest = None
     if len(f) > 2:
-        digest = blake2b(digest_size=16)
+        digest = blake2b(f"{f[2].width}x{f[2].height}".encode(), digest_size=16)
         for plane in range(3):
             digest.update(memoryview(f[2][plane]).tobytes())
         digest = digest.digest()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from vsuav.ensemble import MIRRORS
+from vsuav.ensemble import ORIENTATIONS
 
 MAX_NOISE_LEVEL = 350
 SOLVERS = ("ddim", "dpm++2m", "unipc")
@@ -58,7 +58,7 @@ NOT_IN_DIGEST = frozenset(
         "max_shot",
     }
 )
-"""Prompts, cuts and mirrored frames are keyed frame by frame, device and threads with the networks; the decoder comes
+"""Prompts, cuts and turned frames are keyed frame by frame, device and threads with the networks; the decoder comes
 after latents."""
 
 
@@ -180,8 +180,8 @@ def check(settings: Settings) -> Settings:
         _require(isinstance(indices, tuple), f"{name} must be a list of step indices", indices)
         _require(last >= first or not indices, f"{name} must be empty for steps={values['steps']}", indices)
         values[name] = tuple(sorted({_integer(name, index, first, last, "each of ") for index in indices}))
-    copies = isinstance(s.ensemble, int) and not isinstance(s.ensemble, bool) and s.ensemble in MIRRORS
-    _require(copies, f"ensemble must be one of {', '.join(map(str, MIRRORS))}", s.ensemble)
+    copies = isinstance(s.ensemble, int) and not isinstance(s.ensemble, bool) and s.ensemble in ORIENTATIONS
+    _require(copies, f"ensemble must be one of {', '.join(map(str, ORIENTATIONS))}", s.ensemble)
     if s.max_shot is not None:
         shot = _integer("max_shot", s.max_shot, 24, 10**9)
         _require(shot % 6 == 0, "max_shot must be a multiple of 6, at least 24", shot)
