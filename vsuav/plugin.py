@@ -144,7 +144,8 @@ def _upscale(clip: vs.VideoNode, given: dict[str, Any]) -> vs.VideoNode:
     networks.check_prompts([text for _, text in settings.prompts])
     orientations = ORIENTATIONS[settings.ensemble]
     budgets = budget // len(orientations), given["cache_dir"], disk_budget
-    restorers = [Restorer(clip, networks, *budgets, orientation) for orientation in orientations]
+    progress = Progress(Life().inform, copies=len(orientations))
+    restorers = [Restorer(clip, networks, *budgets, orientation, progress) for orientation in orientations]
     return finished(lambda look: frames.mean([each.clip(look) for each in restorers]), clip, look, size)
 
 
@@ -219,6 +220,7 @@ class Restorer:
     """The nodes that restore one clip. It holds the source's nodes and none of the result's, so both can be freed.
 
     `orientation`: how the copy of the clip lies that it works on; its result lies as the clip does.
+    `progress`: what is told of its blocks, shared by copies; its own, if none is given.
     """
 
     def __init__(
@@ -229,12 +231,13 @@ class Restorer:
         cache_dir: str | Path | None,
         disk_budget: int,
         orientation: Orientation = ORIENTATIONS[1][0],
+        progress: Progress | None = None,
     ):
         self._source, self._orientation = clip, orientation
         self._length = clip.num_frames
         self._networks = networks.transposed() if orientation.transposed else networks
         self._life = Life()
-        self._progress = Progress(self._life.inform)
+        self._progress = progress or Progress(self._life.inform)
         disk = None if cache_dir is None else Disk(cache_dir, disk_budget, self._life.warn)
         self.engine = Engine(self._networks, Store(budget), disk)
         self._records = Records(REQUESTS * len(self._span(self._length // BLOCK // 2)))

@@ -18,12 +18,19 @@ class Progress:
         say: takes a line.
         interval: seconds between two lines at least.
         clock: seconds that never run backwards.
+        copies: how many times every block is computed, as a rule, before a frame of it is there.
     """
 
-    def __init__(self, say: Callable[[str], None], interval: float = 1.0, clock: Callable[[], float] = time.monotonic):
-        self._say, self._interval, self._clock = say, interval, clock
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        interval: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+        copies: int = 1,
+    ):
+        self._say, self._interval, self._clock, self._copies = say, interval, clock, copies
         self._said = clock()
-        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT * copies)
 
     def block(self, block: int, frames: int = BLOCK) -> Report:
         """What to call after every task of a block of so many frames: tasks done, tasks in all, seconds so far.
@@ -40,7 +47,7 @@ class Progress:
                 return
             self._said = now
             spent = sum(took for _, took in pace)
-            speed = f", {sum(count for count, _ in pace) / spent:.2f} frames/s" if spent else ""
+            speed = f", {sum(count for count, _ in pace) / self._copies / spent:.2f} frames/s" if spent else ""
             first = block * BLOCK
             self._say(f"frames {first} to {first + frames - 1}: task {done} of {total}, {total - done} left{speed}")
 

@@ -9,6 +9,7 @@ with a model are served without it.
 
 import importlib.util
 import json
+import os
 import threading
 import zipfile
 from collections.abc import Mapping
@@ -183,4 +184,6 @@ def read_prompts(path: Path) -> dict[str, Tensor]:
 def write_prompts(path: Path, encoder: TextEncoder, prompts: list[str]) -> None:
     """Store the states of `prompts`, for a model that shall work without a text encoder."""
     tensors = {str(i): encoder.encode(prompt).contiguous().clone() for i, prompt in enumerate(prompts)}
-    save_file(tensors, str(path), metadata={"prompts": json.dumps(prompts, ensure_ascii=False)})
+    part = path.with_name(f"{path.name}.part")
+    save_file(tensors, str(part), metadata={"prompts": json.dumps(prompts, ensure_ascii=False)})
+    os.replace(part, path)
