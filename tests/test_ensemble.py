@@ -21,8 +21,8 @@ from vsuav.settings import Settings
 
 OPTIONS = {"steps": 1, "dtype": "float32", "threads": 1}
 WAYS = {
-    2: (lambda c: c, lambda c: c.std.Turn180()),
-    4: (lambda c: c, lambda c: c.std.Turn180(), lambda c: c.std.Transpose(), lambda c: c.std.Transpose().std.Turn180()),
+    2: (lambda c: c, lambda c: c.std.Transpose()),
+    4: (lambda c: c, lambda c: c.std.Transpose(), lambda c: c.std.Turn180(), lambda c: c.std.Transpose().std.Turn180()),
 }
 """All of them undo themselves."""
 
@@ -106,7 +106,7 @@ def test_tiles_turn_with_the_frames(model):
     """Each copy is restored as a clip that lies that way is, by tiles that lie that way, too."""
     source = clip_of(pixels(2, 72, 40))
     result = upscale(source, model, ensemble=4, tile=(36, 48), tile_overlap=8, **OPTIONS)
-    tiles = ((36, 48), (36, 48), (48, 36), (48, 36))
+    tiles = ((36, 48), (48, 36), (36, 48), (48, 36))
     alone = [
         turn(upscale(turn(source), model, tile=tile, tile_overlap=8, **OPTIONS))
         for turn, tile in zip(WAYS[4], tiles, strict=True)

@@ -26,8 +26,8 @@ class Orientation(NamedTuple):
 
 ORIENTATIONS: dict[int, tuple[Orientation, ...]] = {
     1: (Orientation(),),
-    2: (Orientation(), Orientation(half=True)),
-    4: (Orientation(), Orientation(half=True), Orientation(transposed=True), Orientation(transposed=True, half=True)),
+    2: (Orientation(), Orientation(transposed=True)),
+    4: (Orientation(), Orientation(transposed=True), Orientation(half=True), Orientation(transposed=True, half=True)),
 }
 """How many copies -> how each of them lies."""
 
