@@ -98,6 +98,7 @@ def propagation(source: vs.VideoNode) -> Strip:
 
 STRIPS: dict[str, Callable[[vs.VideoNode], Strip]] = {
     "noise-level": variants({f"noise_level={n}": {"noise_level": n} for n in (0, 30, 60, 120, 200)}),
+    "temperature": variants({f"temperature={t}": {"temperature": t} for t in (1.0, 0.5, 0.0)}),
     "steps": variants({f"steps={n}": {"steps": n, "propagation_steps": []} for n in (1, 2, 3, 5, 8)}),
     "guidance": variants(
         {f"guidance_scale={g}": {"guidance_scale": g, "prompt": PROMPT} for g in (1.0, 1.5, 2.0, 4.0, 8.0)}
@@ -107,7 +108,7 @@ STRIPS: dict[str, Callable[[vs.VideoNode], Strip]] = {
     "ensemble": variants({f"ensemble={n}": {"ensemble": n} for n in (1, 2, 4)}),
     "propagation": propagation,
 }
-COLUMNS = {"color-fix": 2, "ensemble": 2, "propagation": 4}
+COLUMNS = {"temperature": 2, "color-fix": 2, "ensemble": 2, "propagation": 4}
 """Panels in a row, 3 unless said otherwise."""
 
 

@@ -14,7 +14,8 @@ A stage of the configuration may have any name where its "as" says which of thes
 `together` are `temporal`, `deepen`, `polish` and `clear` are `vae_video`, and `encoder` is `vae` with the encoder alone).
 
 A step takes the mean gradient of the stage's "parts", batches that each may change what the stage says of its data
-(pictures beside clips, or several clips); without them it takes one batch.
+(pictures beside clips, or several clips); without them it takes one batch. A `temporal` stage with a rate for "image"
+trains the image model too, the layers it froze, but on pictures alone: on clips it stays frozen.
 
 A step is a pure function of the weights, the optimizer and the step's number: the batch and all noise are seeded by
 (seed, stage, number of the batch, process). So a run that is stopped and resumed gives the same bits as one that was
@@ -71,7 +72,7 @@ LEVELS = (0, 20, 60, 120, 200)
 """The noise levels trained. Each level has its own row in the class table; the rows between are interpolated."""
 OFTEN = (0.45, 0.25, 0.1, 0.1, 0.1)
 PIXELS, PERCEPT, FLICKER = (3.0, 1.0, 1.0, 1.0, 1.0), (0.05, 0.8, 0.9, 1.1, 1.4), (1.0, 1.0, 1.0, 1.0, 1.0)
-NO_PSNR = (0.0, 0.0, 0.0, 0.0, 0.0)
+NO_PSNR = NEVER = (0.0, 0.0, 0.0, 0.0, 0.0)
 """How often each is trained, and what an error of pixels, of perception, of steadiness and a decibel weigh there (if a
 stage does not say so itself, as "often", "pixels", "percept", "flicker" and "psnr"): a knob needs clear ends."""
 
@@ -205,10 +206,12 @@ class Learner(nn.Module):
             "vae": {"encoder": only("vae.encoder.", "vae.quant_conv."), "decoder": flat},
             "unet": {"unet": spatial, "levels": only("unet.class_embedding.")},
             "fewstep": {"unet": spatial, "levels": levels, "decoder": flat, "told": told},
-            "temporal": {"unet": sorted(time_), "levels": levels, "decoder": flat, "new": new, "told": told},
+            "temporal": {
+                "unet": sorted(time_), "image": spatial, "levels": levels, "decoder": flat, "new": new, "told": told
+            },
             "vae_video": {"decoder": flat, "new": new, "told": told},
             "vae_image": {"decoder": plain},
-        }[self.name]
+        }[self.name]  # fmt: skip
         return {group: names for group, names in groups.items() if group in self.stage["rates"]}
 
     def code(self, batch: dict[str, Tensor]) -> Tensor:
@@ -250,8 +253,10 @@ class Learner(nn.Module):
         return a.sqrt() * lr + (1 - a).sqrt() * torch.randn_like(lr)
 
     def visit(self, batch: dict, sampler: Sampler, stop: int, lr: Tensor, level: Tensor, shape: Tensor) -> Tensor:
-        """The state the sampler is in before step `stop`, without gradients."""
-        x = torch.randn_like(shape)
+        """The state the sampler is in before step `stop`, without gradients. It starts from noise, or from none (at
+        temperature 0) as often as the stage's "cold" says of each level."""
+        warm = torch.rand(len(level), device=level.device) >= self.weight("cold", NEVER, level)
+        x = torch.randn_like(shape) * warm.view(-1, 1, 1, 1, 1)
         with torch.no_grad():
             for i in range(stop):
                 v = self.predict(x, sampler.timesteps[i], lr, batch["prompt"], level)
@@ -562,6 +567,9 @@ def train(
     )  # fmt: skip
     log, began = [], time.time()
     frozen_until = stage.get("decoder_frozen", 0.0)
+    pictures = [part.get("frames", 1) == 1 for part in batches.parts]
+    if "image" in groups and not pictures[-1]:
+        raise ValueError(f"train: {name} trains the image model, so pictures must be its last part, got clips")
     step = start
     for k, batch in zip(order, loader, strict=True):
         step, last = k // count, (k + 1) % count == 0
@@ -572,6 +580,8 @@ def train(
         if frozen_until and "decoder" in groups:
             for n in groups["decoder"]:
                 parameters[n].requires_grad_(step >= frozen_until * stage["steps"])
+        for n in groups.get("image", ()):
+            parameters[n].requires_grad_(pictures[k % count])
         with nullcontext() if last else accelerator.no_sync(wrapped):
             losses = wrapped(batch, step)
             if not torch.isfinite(losses["loss"]):

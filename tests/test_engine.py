@@ -45,7 +45,8 @@ def reference_loop(frames: torch.Tensor, networks: Fake, cuts, prompt=lambda n: 
 def reference_shot(frames, networks: Fake, a: int, b: int, prompt: str, whole: bool) -> torch.Tensor:
     sampler, settings = networks.sampler, networks.settings
     shot, low = range(a, b), frames[a:b]
-    x = torch.stack([networks.noise("latent", n, (4, *SIZE)) for n in shot]).to(networks.latent_dtype)
+    x = torch.stack([networks.noise("latent", n, (4, *SIZE)) for n in shot]) * settings.temperature
+    x = x.to(networks.latent_dtype)
     flows = [networks.flow(low[i], low[i + 1]) for i in range(b - a - 1)]
     cleans: list[torch.Tensor] = []
     deeps: dict[int, torch.Tensor] = {}
@@ -117,6 +118,8 @@ SETTINGS = {
     "reuse, dpm++2m": Settings(steps=5, solver="dpm++2m", reuse_steps=(1, 3, 4)),
     "plain": Settings(steps=2),
     "one step": Settings(steps=1, propagation_steps=(0,)),
+    "cool": Settings(steps=3, temperature=0.3, propagation_steps=(1,), propagation_radius=4),
+    "cold": Settings(steps=2, temperature=0.0),
 }
 
 

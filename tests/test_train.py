@@ -45,6 +45,10 @@ def config() -> dict:
                 **clips, "as": "vae_video", "parts": [{"data": "stills.npy", "batch": 2, "frames": 1}, {}],
                 "rates": {"decoder": 1e-3, "new": 1e-3},
             },
+            "whole": {
+                **clips, "as": "temporal", "decode": 4, "parts": [{}, {"data": "stills.npy", "batch": 2, "frames": 1}],
+                "rates": {"unet": 1e-3, "image": 1e-3, "decoder": 1e-3},
+            },
             "vae_image": {**stills, "after": ["unet"], "rates": {"decoder": 1e-3}},
         },
     }  # fmt: skip
@@ -165,25 +169,55 @@ def test_the_parts_of_a_step_have_batches_of_their_own(data):
     assert not torch.equal(batches[0]["hr"], batches[2]["hr"])
 
 
-def test_a_step_takes_the_mean_gradient_of_its_parts(data, tmp_path):
+@pytest.mark.parametrize("name", ["mixed", "whole"])
+def test_a_step_takes_the_mean_gradient_of_its_parts(data, tmp_path, name):
+    """The image model's layers of a stage of both clips and pictures take theirs from the pictures alone."""
     settings = config()
-    stage = settings["stages"]["mixed"]
-    train("mixed", settings, data, tmp_path, stop=1)
+    stage = settings["stages"][name]
+    train(name, settings, data, tmp_path, stop=1)
     learner = Learner(
-        build(settings), Schedule.from_config(toy.SCHEDULER), stage, "vae_video",
+        build(settings), Schedule.from_config(toy.SCHEDULER), stage, stage["as"],
         torch.stack([read_prompts(data / "prompts.safetensors")[p] for p in PROMPTS]),
         torch.from_numpy(np.load(data / "basis.npy")),
     )  # fmt: skip
-    names = [n for group in learner.trainable().values() for n in group]
+    groups = learner.trainable()
+    names = [n for group in groups.values() for n in group]
     parameters = [dict(learner.named_parameters())[n] for n in names]
+    batches = Batches(data, stage, settings["seed"], name)
     for k in range(2):
-        torch.manual_seed(seeded(settings["seed"], "mixed", k, 0))
-        learner(Batches(data, stage, settings["seed"], "mixed")[k], 0)["loss"].backward()
+        torch.manual_seed(seeded(settings["seed"], name, k, 0))
+        learner(batches[k], 0)["loss"].backward()
+        if "frames" not in stage["parts"][k]:
+            for image in groups.get("image", ()):
+                dict(learner.named_parameters())[image].grad = None
     torch.nn.utils.clip_grad_norm_(parameters, 2.0)  # the sum of two, so twice the limit
-    saved = torch.load(tmp_path / "mixed.state.pt", weights_only=True)["optimizer"]["state"]
+    saved = torch.load(tmp_path / f"{name}.state.pt", weights_only=True)["optimizer"]["state"]
     for i, parameter in enumerate(parameters):
         first = saved[i]["exp_avg"] / 0.1  # betas[0] is 0.9
         torch.testing.assert_close(first, parameter.grad / 2, rtol=0, atol=1e-4 * float(first.abs().max()) + 1e-7)
+
+
+def test_pictures_come_last_where_the_image_model_is_trained(data, tmp_path):
+    settings = config()
+    settings["stages"]["whole"]["parts"].reverse()
+    with pytest.raises(ValueError, match="train: whole trains the image model, so pictures must be its last part"):
+        train("whole", settings, data, tmp_path)
+
+
+def test_some_sampling_starts_without_noise(data):
+    """As often as the stage says of the level: always at 0, one in four at 20, never at 60."""
+    stage = {**config()["stages"]["fewstep"], "cold": [1, 0.25, 0, 0, 0]}
+    learner = Learner(
+        build(config()), Schedule.from_config(toy.SCHEDULER), stage, "fewstep", torch.zeros(9, 3, 16),
+        torch.from_numpy(np.load(data / "basis.npy")),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    levels, like = torch.tensor([0, 20, 60]).repeat(400), torch.zeros(1200, 5, 1, 2, 2)
+    start = learner.visit({}, None, 0, like, levels, like)
+    cold = start.flatten(1).abs().amax(1) == 0
+    assert cold[levels == 0].all() and not cold[levels == 60].any()
+    assert 70 <= int(cold[levels == 20].sum()) <= 130
+    assert start[~cold].std().item() == pytest.approx(1, abs=0.05)
 
 
 def test_several_perceptual_networks_count_alike(data, tmp_path):

@@ -181,7 +181,8 @@ class Engine:
         if step:
             return held["latent", step, frame]
         shape = (self.networks.latent_channels, *like.shape[-2:])
-        return self.networks.noise("latent", frame, shape).to(self.networks.latent_dtype)
+        noise = self.networks.settings.temperature * self.networks.noise("latent", frame, shape)
+        return noise.to(self.networks.latent_dtype)
 
     def _window(self, task: Task, held, shots, sources) -> tuple[Tensor, ...]:
         low_res = [sources[n] for n in task.frames]

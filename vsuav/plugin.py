@@ -53,6 +53,7 @@ def upscale(
     guidance_scale: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
     noise_level: int | None = None,
+    temperature: float | None = None,
     propagation_steps: Sequence[int] | None = None,
     propagation_radius: int = 16,
     reuse_steps: Sequence[int] | None = None,
@@ -95,6 +96,8 @@ def upscale(
         guidance_scale: of classifier-free guidance; 1 or less is off and halves the time.
         guidance_interval: (low, high) of timestep/1000 between which guidance acts.
         noise_level: 0…350; low keeps to the input, high invents detail.
+        temperature: 0…1, standard deviation of the noise that sampling starts from. At 0 it starts from the mean, and
+            `seed` decides less.
         propagation_steps: step indices after which latents are propagated along the optical flow.
         propagation_radius: frames a chain of propagation reaches at least.
         reuse_steps: step indices from 1 at which only the U-Net's outer ring is computed, with the deep features of the

@@ -79,6 +79,7 @@ class Settings:
     guidance_scale: float = 6.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     noise_level: int = 120
+    temperature: float = 1.0
     propagation_steps: tuple[int, ...] = ()
     propagation_radius: int = 16
     reuse_steps: tuple[int, ...] = ()
@@ -155,6 +156,7 @@ def check(settings: Settings) -> Settings:
         "spacing": None if s.spacing is None else _choice("spacing", s.spacing, SPACINGS),
         "guidance_scale": _real("guidance_scale", s.guidance_scale, 0, 100),
         "noise_level": _integer("noise_level", s.noise_level, 0, MAX_NOISE_LEVEL),
+        "temperature": _real("temperature", s.temperature, 0, 1),
         "propagation_radius": _integer("propagation_radius", s.propagation_radius, 1, 1000),
         "flow": _choice("flow", s.flow, FLOWS),
         "color_fix": _choice("color_fix", s.color_fix, COLOR_FIXES),
