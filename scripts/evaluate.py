@@ -78,7 +78,7 @@ from vsuav.networks import auto_dtype
 
 TABLES = ("main", "crops", "natural", "ablation", "text", "noise", "calls")
 MAIN = (*INTERPOLATORS, "SPAN", "animevideov3", "frame by frame", "fidelity", "fidelity, one copy",
-        "fidelity, four copies", "default", "1 step", "latents zeroed")  # fmt: skip
+        "fidelity, two copies", "default", "1 step", "latents zeroed")  # fmt: skip
 CROPS = ("bicubic", "SPAN", "animevideov3", "x4plus", "fidelity", "default")
 NATURAL = ("bicubic", "SPAN", "animevideov3", "frame by frame", "fidelity", "default")
 BORDER = 4

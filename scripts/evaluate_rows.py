@@ -30,9 +30,9 @@ INTERPOLATORS = ("bicubic", "lanczos", "znedi3")
 ALONE = {"temporal": False, "propagation_steps": [], "alone": True}
 
 OURS = {
-    "fidelity": {"noise_level": 0, "propagation_steps": [], "ensemble": 2},
-    "fidelity, one copy": {"noise_level": 0, "propagation_steps": []},
-    "fidelity, four copies": {"noise_level": 0, "propagation_steps": [], "ensemble": 4},
+    "fidelity": {"noise_level": 0, "temperature": 0.0, "propagation_steps": [], "ensemble": 4},
+    "fidelity, one copy": {"noise_level": 0, "temperature": 0.0, "propagation_steps": []},
+    "fidelity, two copies": {"noise_level": 0, "temperature": 0.0, "propagation_steps": [], "ensemble": 2},
     "default": {},
     "frame by frame": ALONE,
     "1 step": {"steps": 1},

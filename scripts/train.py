@@ -10,8 +10,9 @@
     vae_image  the plain decoder, on stills and latents of the sampler
 
 A stage of the configuration may have any name where its "as" says which of these it is (in mini.json `settle`,
-`refine`, `tell` and `refresh` are `fewstep` again, `steady`, `steadier`, `faithful`, `steadiest`, `sharper` and
-`together` are `temporal`, `deepen`, `polish` and `clear` are `vae_video`, and `encoder` is `vae` with the encoder alone).
+`refine`, `tell` and `refresh` are `fewstep` again, `steady`, `steadier`, `faithful`, `steadiest`, `sharper`,
+`together`, `light`, `whole` and `keen` are `temporal`, `deepen`, `polish` and `clear` are `vae_video`, and `encoder` is `vae`
+with the encoder alone).
 
 A step takes the mean gradient of the stage's "parts", batches that each may change what the stage says of its data
 (pictures beside clips, or several clips); without them it takes one batch. A `temporal` stage with a rate for "image"
@@ -72,9 +73,10 @@ LEVELS = (0, 20, 60, 120, 200)
 """The noise levels trained. Each level has its own row in the class table; the rows between are interpolated."""
 OFTEN = (0.45, 0.25, 0.1, 0.1, 0.1)
 PIXELS, PERCEPT, FLICKER = (3.0, 1.0, 1.0, 1.0, 1.0), (0.05, 0.8, 0.9, 1.1, 1.4), (1.0, 1.0, 1.0, 1.0, 1.0)
-NO_PSNR = NEVER = (0.0, 0.0, 0.0, 0.0, 0.0)
+NONE = (0.0, 0.0, 0.0, 0.0, 0.0)
 """How often each is trained, and what an error of pixels, of perception, of steadiness and a decibel weigh there (if a
-stage does not say so itself, as "often", "pixels", "percept", "flicker" and "psnr"): a knob needs clear ends."""
+stage does not say so itself, as "often", "pixels", "percept", "flicker" and "psnr"): a knob needs clear ends. Without
+"psnr" decibels weigh `NONE`, and without "cold" as many samplings start without noise."""
 
 
 PART = ("data", "batch", "frames", "size", "strength", "clean", "looks")
@@ -255,7 +257,7 @@ class Learner(nn.Module):
     def visit(self, batch: dict, sampler: Sampler, stop: int, lr: Tensor, level: Tensor, shape: Tensor) -> Tensor:
         """The state the sampler is in before step `stop`, without gradients. It starts from noise, or from none (at
         temperature 0) as often as the stage's "cold" says of each level."""
-        warm = torch.rand(len(level), device=level.device) >= self.weight("cold", NEVER, level)
+        warm = torch.rand(len(level), device=level.device) >= self.weight("cold", NONE, level)
         x = torch.randn_like(shape) * warm.view(-1, 1, 1, 1, 1)
         with torch.no_grad():
             for i in range(stop):
@@ -325,7 +327,7 @@ class Learner(nn.Module):
         """
         pixels, perception = self.weight("pixels", PIXELS, level), self.weight("percept", PERCEPT, level)
         l1, colours = (result - batch["hr"]).abs().flatten(1).mean(1), 0.0
-        decibels = self.weight("psnr", NO_PSNR, level) * shortfall(result, batch["hr"])
+        decibels = self.weight("psnr", NONE, level) * shortfall(result, batch["hr"])
         if "colours" in self.stage:
             bright = tinted(result, batch["hr"])
             colours, result = self.stage["colours"] * (result - bright).abs().flatten(1).mean(1), bright
