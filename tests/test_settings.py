@@ -69,7 +69,8 @@ BAD = {
     "max_shot": [23, 25, 12, 0, "30", True], "tile": [(8, 64), (64,), "big", (64, 64, 64), (33.5, 64), (20, 20)],
     "tile_overlap": [-1, 2.5], "seed": [-1, 2**64, 0.5, "x"], "dtype": ["float64", 16], "threads": [0, -1, 1.5, "all"],
     "prompt": [3, [], [(0, 1)], [(1, "a"), (0, "b")], [(0, "a"), (0, "b")], [("0", "a")], b"rain", [(-1, "a")]],
-    "temperature": [-0.1, 1.1, float("nan"), "0", True], "tiny_vae": [1, "yes"], "ensemble": [0, 3, 8, True, 2.0, "4"], "compile": [True, "fast"],
+    "temperature": [-0.1, 1.1, float("nan"), "0", True],
+    "tiny_vae": [1, "yes"], "ensemble": [0, 3, 8, True, 2.0, "4"], "compile": [True, "fast"],
     "negative_prompt": [3, ["a"]], "preset": ["slow", 7], "video_vae": [1, "yes"], "scene_detect": ["no", 0],
 }  # fmt: skip
 
