@@ -56,6 +56,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vsuav.flow import DIS, valid, warp
 from vsuav.layers import lay_out
+from vsuav.propagation import propagate
 from vsuav.schedule import Sampler, Schedule
 from vsuav.text import read_prompts, write_prompts
 from vsuav.unet import UNetConfig, UNetVideo, set_temporal, temporal_parameters
@@ -76,7 +77,8 @@ PIXELS, PERCEPT, FLICKER = (3.0, 1.0, 1.0, 1.0, 1.0), (0.05, 0.8, 0.9, 1.1, 1.4)
 NONE = (0.0, 0.0, 0.0, 0.0, 0.0)
 """How often each is trained, and what an error of pixels, of perception, of steadiness and a decibel weigh there (if a
 stage does not say so itself, as "often", "pixels", "percept", "flicker" and "psnr"): a knob needs clear ends. Without
-"psnr" decibels weigh `NONE`, and without "cold" as many samplings start without noise."""
+"psnr" decibels weigh `NONE`, and without "cold" or "propagated" as many samplings start without noise or end with
+propagation."""
 
 
 PART = ("data", "batch", "frames", "size", "strength", "clean", "looks")
@@ -319,6 +321,20 @@ class Learner(nn.Module):
             estimate = sampler.predict(i, x, self.predict(x, sampler.timesteps[i], lr, batch["prompt"], level))
         return estimate, z, (i + 1) / count, level
 
+    def propagated(self, estimate: Tensor, batch: dict, level: Tensor, place: float) -> Tensor:
+        """What the decoder gets of `estimate` "b c t h w": at the sampler's last step (place 1), and as often as the
+        stage's "propagated" says of each level, the estimate propagated along the flow (DIS) of the low resolution."""
+        if place < 1 or estimate.shape[2] == 1 or "propagated" not in self.stage:
+            return estimate
+        chosen = torch.rand(len(level), device=level.device) < self.weight("propagated", NONE, level)
+        dis, results = DIS(), list(estimate)
+        for k in chosen.nonzero().flatten().tolist():
+            frames = batch["lr"][k].unbind(1)
+            pairs = [dis(a, b) for a, b in zip(frames[:-1], frames[1:], strict=True)]
+            flows = (torch.stack(way, 1)[None].to(estimate.device) for way in zip(*pairs, strict=True))
+            results[k] = propagate(estimate[k][None], *flows)[0]
+        return torch.stack(results)
+
     def picture(self, result: Tensor, batch: dict, level: Tensor, place: float = 1.0) -> dict[str, Tensor]:
         """L1 and stLPIPS weighed by the noise level. Early steps count pixels more.
 
@@ -350,7 +366,7 @@ class Learner(nn.Module):
 
     def loss_temporal(self, batch: dict, progress: float) -> dict[str, Tensor]:
         estimate, z, place, level = self.sampled(batch, grad=True)
-        part, batch = self.window(estimate, batch)
+        part, batch = self.window(self.propagated(estimate, batch, level, place), batch)
         losses = self.clip_losses(self.decode(part, batch["lr"], level), batch, level, place)
         losses["latent"] = (estimate - z).square().mean()
         losses["loss"] = losses["loss"] + self.stage.get("latent", 0.1) * losses["latent"]
@@ -358,7 +374,7 @@ class Learner(nn.Module):
 
     def loss_vae_video(self, batch: dict, progress: float) -> dict[str, Tensor]:
         estimate, _, place, level = self.sampled(batch, grad=False)
-        part, batch = self.window(estimate, batch)
+        part, batch = self.window(self.propagated(estimate, batch, level, place), batch)
         return self.clip_losses(self.decode(part, batch["lr"], level), batch, level, place)
 
     def clip_losses(self, result: Tensor, batch: dict, level: Tensor, place: float) -> dict[str, Tensor]:

@@ -220,6 +220,35 @@ def test_some_sampling_starts_without_noise(data):
     assert start[~cold].std().item() == pytest.approx(1, abs=0.05)
 
 
+def test_the_decoder_learns_from_what_propagation_hands_it(data):
+    """At the last step, where the stage says so of the level: frames of a still clip become the two chains' means."""
+    stage = {**config()["stages"]["vae_video"], "propagated": [0, 1, 0.25, 0, 0]}
+    learner = Learner(
+        build(config()), Schedule.from_config(toy.SCHEDULER), stage, "vae_video", torch.zeros(9, 3, 16),
+        torch.from_numpy(np.load(data / "basis.npy")),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    frame = torch.rand(1, 3, 1, 16, 16) * 2 - 1
+    still = {"lr": frame.expand(3, 3, 4, 16, 16)}
+    estimate = torch.randn(3, 5, 4, 16, 16, requires_grad=True)
+    levels = torch.tensor([0, 20, 60])
+    a, b, c, d = estimate[1].unbind(1)
+    back = [a / 2 + b / 4 + c / 8 + d / 8, b / 2 + c / 4 + d / 4, c / 2 + d / 2, d]
+    for i in range(1, 4):
+        back[i] = (back[i] + back[i - 1]) / 2
+    result = learner.propagated(estimate, still, levels, 1.0)
+    torch.testing.assert_close(result[1], torch.stack(back, 1))
+    torch.testing.assert_close(result[0], estimate[0])
+    result[1].square().sum().backward()
+    assert estimate.grad[1].abs().amin() > 0
+    assert learner.propagated(estimate, still, levels, 0.5) is estimate
+    assert learner.propagated(estimate[:, :, :1], still, levels, 1.0).shape[2] == 1
+    often = sum(
+        not torch.equal(learner.propagated(estimate[2:], still, levels[2:], 1.0), estimate[2:]) for _ in range(100)
+    )
+    assert 10 <= often <= 42
+
+
 def test_several_perceptual_networks_count_alike(data, tmp_path):
     """With random weights: each network alone, then both, on the same batch from the same state."""
     rng, folder = torch.Generator().manual_seed(0), tmp_path / "weights"
