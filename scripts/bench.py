@@ -6,7 +6,8 @@
     python scripts/bench.py --law                           also how far bfloat16 and tiles move the result, and what
                                                             presets, solvers and guidance cost in quality
     python scripts/bench.py --markdown docs/speed.md        also write the tables into a page
-        [--only SECTION,…] [--size WxH …] [--threads N] [--model FOLDER] [--repeat N] [--budget SECONDS] [--json FILE]
+        [--only SECTION,…] [--size WxH …] [--threads N] [--model FOLDER]
+        [--repeat N] [--budget SECONDS] [--json FILE]
         [--packages FOLDER]
 
 What is compared is measured in turns in one run, and the least and the median are given. A network's flops are those

@@ -28,11 +28,12 @@ ZNEDI3 = Package("vapoursynth-znedi3", "pip", "vapoursynth_znedi3-*.whl", "evalu
 VSZIP = Package("vapoursynth-vszip", "pip", "vapoursynth_vszip-*.whl", "evaluation", "MIT", "23.1.0")
 INTERPOLATORS = ("bicubic", "lanczos", "znedi3")
 ALONE = {"temporal": False, "propagation_steps": [], "alone": True}
+FIDELITY = {"noise_level": 0, "temperature": 0.0, "propagation_steps": []}
 
 OURS = {
-    "fidelity": {"noise_level": 0, "temperature": 0.0, "propagation_steps": [], "ensemble": 4},
-    "fidelity, one copy": {"noise_level": 0, "temperature": 0.0, "propagation_steps": []},
-    "fidelity, two copies": {"noise_level": 0, "temperature": 0.0, "propagation_steps": [], "ensemble": 2},
+    "fidelity": FIDELITY | {"ensemble": 4},
+    "fidelity, one copy": FIDELITY,
+    "fidelity, two copies": FIDELITY | {"ensemble": 2},
     "default": {},
     "frame by frame": ALONE,
     "1 step": {"steps": 1},

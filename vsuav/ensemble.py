@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Orientation(NamedTuple):
-    """How a picture lies: with rows and columns swapped, and turned by 180 degrees. Done twice it is not done at all."""
+    """How a picture lies: rows and columns swapped, or turned by 180 degrees, or both. Done twice it is undone."""
 
     transposed: bool = False
     half: bool = False
