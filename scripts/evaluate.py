@@ -176,17 +176,18 @@ class Report:
             "reduce": args.reduce, "model": str(args.model or "bundled"), "threads": torch.get_num_threads(),
         }  # fmt: skip
         self.clips: dict[str, dict[str, dict[str, Numbers]]] = {}
+        self.digests: dict[str, dict[str, str]] = {}
         self.effects: dict = {}
         self.sections: dict[str, str] = {}
         self.out, self.json = args.out, args.json
-        self.earlier: dict = {}
+        self.earlier: dict[tuple[str, str, str | None], Numbers] = {}
         for path in args.merge:
             self._merge(path)
 
     def _merge(self, path: Path) -> None:
         try:
             found = json.loads(path.read_text())
-            theirs, clips = found["settings"], found["clips"]
+            theirs, clips, digests = found["settings"], found["clips"], found["digests"]
         except (OSError, ValueError, KeyError, TypeError):
             raise Refused(f"{path} is no report of this script") from None
         for name in ("source", "frames", "size", "strength", "reduce"):
@@ -195,14 +196,17 @@ class Report:
         for kind, rows in clips.items():
             for row, numbers in rows.items():
                 if row not in OURS:
-                    self.earlier.setdefault(kind, {}).setdefault(row, {}).update(numbers)
+                    for name, found in numbers.items():
+                        self.earlier[kind, row, digests.get(kind, {}).get(name)] = found
 
-    def known(self, kind: str, row: str, name: str) -> Numbers | None:
-        found = self.earlier.get(kind, {}).get(row, {}).get(name)
+    def known(self, clip: Clip, row: str) -> Numbers | None:
+        """What an earlier report has of a row on this very clip, to the last pixel."""
+        found = self.earlier.get((clip.kind, row, clip.digest()))
         return None if found is None else {k: float("nan") if v is None else v for k, v in found.items()}
 
     def add(self, clip: Clip, row: str, numbers: Numbers) -> None:
         self.clips.setdefault(clip.kind, {}).setdefault(row, {})[clip.name] = numbers
+        self.digests.setdefault(clip.kind, {})[clip.name] = clip.digest()
         said = " ".join(f"{key} {value:.4g}" for key, value in numbers.items())
         say(f"{clip.name} {clip.kind} {row}: {said}")
 
@@ -210,7 +214,7 @@ class Report:
         summary = {kind: {row: average(clips) for row, clips in rows.items()} for kind, rows in self.clips.items()}
         report = {
             "summary": summary, "targets": targets(summary), "settings": self.settings, "clips": self.clips,
-            **self.effects,
+            "digests": self.digests, **self.effects,
         }  # fmt: skip
         for path in (self.out / "evaluation.json", self.json):
             if path is not None:
@@ -261,7 +265,7 @@ def run_rows(report: Report, judge: Judge, rows: dict[str, Row], clip: Clip) -> 
     """Measure every row on a clip; write the middle frames, and the middle column over time, as pictures."""
     shown: dict[str, Tensor] = {}
     for name, row in rows.items():
-        if (numbers := report.known(clip.kind, name, clip.name)) is None:
+        if (numbers := report.known(clip, name)) is None:
             try:
                 numbers, result = judge.timed(row, clip)
             except (ValueError, RuntimeError, vs.Error) as error:

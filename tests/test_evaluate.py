@@ -197,6 +197,10 @@ def test_baselines_of_an_earlier_report_are_not_computed_again(tmp_path, model, 
     clips = run(tmp_path, *options, "--rows", "bicubic;lanczos;default", "--merge", earlier)["clips"]["clean"]
     assert clips["bicubic"]["film"]["psnr_y"] == 99
     assert clips["lanczos"]["film"]["psnr_y"] < 99 and clips["default"]["film"]["psnr_y"] < 99
+    write(folder / "film.mkv", scene(2, 48, 40)[::-1])
+    again = run(tmp_path, *options, "--rows", "bicubic", "--merge", earlier)
+    assert again["clips"]["clean"]["bicubic"]["film"]["psnr_y"] < 99, "another film of the same name"
+    assert again["digests"] != report["digests"]
     with pytest.raises(SystemExit, match="was measured with frames 2, not 3"):
         run(tmp_path, *options, "--rows", "bicubic", "--frames", "3", "--merge", earlier)
 
