@@ -4,6 +4,7 @@ A flow "2 h w" holds displacements in pixels of its own grid, channel 0 horizont
 flow of (a, b) at (x, y) says where the pixel (x, y) of a is found in b, relative to (x, y).
 """
 
+import functools
 import re
 from collections.abc import Mapping
 
@@ -42,11 +43,12 @@ def warp(x: Tensor, flow: Tensor, mode: str = "nearest") -> Tensor:
     padded = F.pad(x, (BORDER,) * 4).flatten(2)
     if mode == "nearest":
         return _picked(padded, place)
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for dy, weight_y in ((0, 1 - down), (1, down)):
-        for dx, weight_x in ((0, 1 - right), (1, right)):
-            out = out + _picked(padded, place + (dy * length + dx)).float() * (weight_y * weight_x)
-    return out.to(x.dtype)
+    terms = (  # summed in place, one at a time: fresh memory costs more than the sums
+        _picked(padded, place + (dy * length + dx)).float().mul_(weight_y * weight_x)
+        for dy, weight_y in ((0, 1 - down), (1, down))
+        for dx, weight_x in ((0, 1 - right), (1, right))
+    )
+    return functools.reduce(Tensor.add_, terms).to(x.dtype)
 
 
 def _landing(flow: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,8 +49,8 @@ def blend(current: Tensor, source: Tensor, origin: Tensor) -> Tensor:
     origin     `flow.origins` of the current frame in the neighbour, "h w"
     """
     picked = source.flatten(1).index_select(1, origin.clamp(min=0).flatten()).view_as(source)
-    share = torch.where(origin >= 0, 0.5, 0.0)
-    return picked * share + current * torch.where(origin == UNTRUSTED, 1.0, 0.5)
+    share, rest = torch.where(origin >= 0, 0.5, 0.0), torch.where(origin == UNTRUSTED, 1.0, 0.5)
+    return picked.mul_(share).addcmul_(current, rest)  # in place: fresh memory costs more than the sums
 
 
 def propagate(x: Tensor, forward: Tensor, backward: Tensor, **options) -> Tensor:
