@@ -196,8 +196,8 @@ class Report:
         for kind, rows in clips.items():
             for row, numbers in rows.items():
                 if row not in OURS:
-                    for name, found in numbers.items():
-                        self.earlier[kind, row, digests.get(kind, {}).get(name)] = found
+                    for name, measured in numbers.items():
+                        self.earlier[kind, row, digests.get(kind, {}).get(name)] = measured
 
     def known(self, clip: Clip, row: str) -> Numbers | None:
         """What an earlier report has of a row on this very clip, to the last pixel."""
