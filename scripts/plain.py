@@ -198,6 +198,7 @@ class PlainDecoder:
         x = conv(F.silu(norm(x, w.conv_norm_out, self.config.norm_num_groups, 1e-6)), w.conv_out)
         if (side := self.config.unshuffle) > 1:
             x = torch.stack([F.pixel_shuffle(frame, side) for frame in x.unbind(2)], dim=2)
+        x = self.mixed(x, low_res, level) if self.config.enlarger_channels else x
         x = x + enlarge(low_res, tuple(x.shape[3:]), "bicubic") if self.config.bicubic_skip else x
         if self.config.fading:
             h, width = z.shape[3:]
@@ -206,6 +207,16 @@ class PlainDecoder:
             share = enlarge(((mean - 0.5) / 0.2).clamp(0, 1), tuple(x.shape[3:]), "bilinear")
             x = x + share * ((0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]) - x)
         return x
+
+    def mixed(self, drawn: Tensor, low_res: Tensor, level: Tensor) -> Tensor:
+        p = self.weights.enlarger
+        x = first = conv(low_res, p.conv_in)
+        for j in range(self.config.enlarger_layers):
+            x = x + conv(F.silu(conv(x, p.blocks[j].conv1)), p.blocks[j].conv2)
+        detail, trust = conv(x + first, p.conv_out).split((48, 16), dim=1)
+        detail, trust = (torch.stack([F.pixel_shuffle(f, 4) for f in y.unbind(2)], dim=2) for y in (detail, trust))
+        share = torch.sigmoid(trust + p.class_embedding.weight[level][:, :, None, None, None])
+        return (1 - share) * drawn + share * detail
 
     def block(self, x: Tensor, p: Node, e: Tensor | None = None, groups_in: int = 0) -> Tensor:
         return residual(x, p, self.config.norm_num_groups, 1e-6, e, groups_in)

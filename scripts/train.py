@@ -8,11 +8,12 @@
     temporal   the spatial layers frozen, the temporal ones on clips
     vae_video  the decoder with its 3-D layers, on clips and latents of the sampler
     vae_image  the plain decoder, on stills and latents of the sampler
+    enlarger   the decoder's enlarger alone, which sees no latents
 
 A stage of the configuration may have any name where its "as" says which of these it is (in mini.json `settle`,
 `refine`, `tell` and `refresh` are `fewstep` again, `steady`, `steadier`, `faithful`, `steadiest`, `sharper`,
-`together`, `light`, `whole` and `keen` are `temporal`, `deepen`, `polish` and `clear` are `vae_video`, and `encoder` is
-`vae` with the encoder alone).
+`together`, `light`, `whole` and `keen` are `temporal`, `deepen`, `polish`, `clear`, `trust` and `joined` are
+`vae_video`, and `encoder` is `vae` with the encoder alone).
 
 A step takes the mean gradient of the stage's "parts", batches that each may change what the stage says of its data
 (pictures beside clips, or several clips); without them it takes one batch. A `temporal` stage with a rate for "image"
@@ -45,6 +46,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from adopt import DESCRIBED, adopt
 from degrade import CLEAN, blur, degrade
@@ -55,14 +57,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from vsuav.flow import DIS, valid, warp
-from vsuav.layers import lay_out
+from vsuav.layers import clip, frames, lay_out
 from vsuav.propagation import propagate
 from vsuav.schedule import Sampler, Schedule
 from vsuav.text import read_prompts, write_prompts
 from vsuav.unet import UNetConfig, UNetVideo, set_temporal, temporal_parameters
 from vsuav.vae import VAE, VAEConfig
 
-STAGES = ("vae", "unet", "fewstep", "temporal", "vae_video", "vae_image")
+STAGES = ("vae", "unet", "fewstep", "temporal", "vae_video", "vae_image", "enlarger")
 LOOKS = ("film grain", "blur", "black and white", "high contrast", "noise", "jpeg artifacts")
 SHOWN = (2, 1, 2, 1, 1, 1, 1)
 """How often each of the looks, and last BAD, is trained."""
@@ -204,6 +206,8 @@ class Learner(nn.Module):
         told = [n for n in video if "time_emb_proj" in n]
         levels = [n for n in names if n.endswith("class_embedding.weight")]
         flat = [n for n in video if n not in (*new, *told, *levels)]
+        shares = only("vae_video.enlarger.class_embedding.")
+        enlarger = [n for n in only("vae_video.enlarger.") if n not in shares]
         time_ = {f"unet.{name}" for name in temporal_parameters(self.unet)}
         spatial = [n for n in only("unet.") if n not in time_ and n not in levels]
         groups = {
@@ -213,8 +217,9 @@ class Learner(nn.Module):
             "temporal": {
                 "unet": sorted(time_), "image": spatial, "levels": levels, "decoder": flat, "new": new, "told": told
             },
-            "vae_video": {"decoder": flat, "new": new, "told": told},
+            "vae_video": {"decoder": flat, "new": new, "told": told, "enlarger": enlarger, "shares": shares},
             "vae_image": {"decoder": plain},
+            "enlarger": {"enlarger": enlarger},
         }[self.name]  # fmt: skip
         return {group: names for group, names in groups.items() if group in self.stage["rates"]}
 
@@ -296,6 +301,13 @@ class Learner(nn.Module):
         v = self.predict(x, t, self.noised(batch["lr"], level), batch["prompt"], level)
         loss = (v - (a.sqrt() * noise - (1 - a).sqrt() * z)).square().mean()
         return {"loss": loss}
+
+    def loss_enlarger(self, batch: dict, progress: float) -> dict[str, Tensor]:
+        lr = batch["lr"]
+        skip = F.interpolate(frames(lr), scale_factor=4, mode="bicubic", align_corners=False)
+        result = self.vae_video.enlarger(lr)[0].float() + clip(skip, lr.shape[2])
+        l1, decibels = (result - batch["hr"]).abs().mean(), shortfall(result, batch["hr"]).mean()
+        return {"loss": l1 + self.stage.get("psnr", 0.02) * decibels, "l1": l1, "psnr": 50 - decibels}
 
     def level(self, count: int) -> Tensor:
         """A noise level for each of `count` clips."""
@@ -448,7 +460,7 @@ def build(config: dict) -> dict[str, nn.Module]:
         latents = networks["vae"].config.latent_channels
         networks["unet"].conv_in.weight[:, :latents] *= 0.05  # noise drowns the picture at first otherwise
         networks["unet"].conv_in.weight[:, latents:] *= 5
-        for name, p in networks["vae_video"].named_parameters():
+        for name, p in networks["vae_video"].decoder.named_parameters():
             if name.endswith(("class_embedding.weight", "time_emb_proj.bias")):
                 p.zero_()
         for key in ("vae", "vae_video"):
@@ -487,7 +499,8 @@ def begin(
     networks = build(config)
     if saved is not None:
         for key, network in networks.items():
-            network.load_state_dict(saved["weights"][key])
+            fresh = {name: p for name, p in network.state_dict().items() if name.startswith("enlarger.")}
+            network.load_state_dict(fresh | saved["weights"][key])
     states = read_prompts(prompts if "folder" in config else data / "prompts.safetensors")
     return config, networks, torch.stack([states[p] for p in PROMPTS])
 

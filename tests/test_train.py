@@ -31,7 +31,8 @@ def config() -> dict:
     return {
         "seed": 3, "precision": "no", "stlpips": False, "unet": toy.UNET | {"in_channels": 8, "out_channels": 5},
         "vae": toy.VAE_IMAGE | code,
-        "vae_video": toy.VAE_VIDEO | code, "scheduler": toy.SCHEDULER,
+        "vae_video": toy.VAE_VIDEO | code | {"num_class_embeds": 300, "enlarger_channels": 8, "enlarger_layers": 1},
+        "scheduler": toy.SCHEDULER,
         "model": {"defaults": toy.DEFAULTS, "presets": toy.PRESETS},
         "stages": {
             "vae": {**stills, "rates": {"encoder": 1e-3, "decoder": 1e-3}},
@@ -50,6 +51,8 @@ def config() -> dict:
                 "rates": {"unet": 1e-3, "image": 1e-3, "decoder": 1e-3},
             },
             "vae_image": {**stills, "after": ["unet"], "rates": {"decoder": 1e-3}},
+            "enlarger": {**stills, "after": ["unet"], "rates": {"enlarger": 1e-3}},
+            "trust": {**clips, "as": "vae_video", "rates": {"enlarger": 1e-3, "shares": 0.02}},
         },
     }  # fmt: skip
 
@@ -89,7 +92,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(data, tmp_path, stage)
         assert torch.equal(value, resumed[name]), name
 
 
-@pytest.mark.parametrize("stage", ["vae", "unet", "temporal", "vae_video", "vae_image"])
+@pytest.mark.parametrize("stage", ["vae", "unet", "temporal", "vae_video", "vae_image", "enlarger", "trust"])
 def test_only_what_a_stage_trains_moves(data, tmp_path, stage):
     settings = config()
     before = {f"{part}.{n}": v.clone() for part, net in build(settings).items() for n, v in net.state_dict().items()}
@@ -103,8 +106,26 @@ def test_only_what_a_stage_trains_moves(data, tmp_path, stage):
         "temporal": lambda n: n in in_time or "rotary_emb" in n,
         "vae_video": lambda n: n.startswith(("vae_video.decoder", "vae_video.post_quant")),
         "vae_image": lambda n: n.startswith(("vae.decoder", "vae.post_quant")),
+        "enlarger": lambda n: n.startswith("vae_video.enlarger.") and "class_embedding" not in n,
+        "trust": lambda n: n.startswith("vae_video.enlarger."),
     }[stage]
     assert moved and all(allowed(name) for name in moved), sorted(n for n in moved if not allowed(n))
+
+
+def test_a_model_from_before_the_enlarger_goes_on_with_a_fresh_one(data, tmp_path):
+    settings = config()
+    path = train("unet", settings, data, tmp_path, steps=1)
+    saved = torch.load(path, weights_only=True)
+    older = {k: v for k, v in saved["weights"]["vae_video"].items() if not k.startswith("enlarger.")}
+    torch.save({**saved, "weights": saved["weights"] | {"vae_video": older}}, path)
+    after = weights(train("trust", settings, data, tmp_path / "on", init=path, steps=1))
+    assert all(torch.equal(after[f"vae_video.{name}"], value) for name, value in older.items())
+    shares = after["vae_video.enlarger.class_embedding.weight"]
+    assert shares.shape == (300, 1) and (shares + 4).abs().max() < 0.1
+    del saved["weights"]["vae_video"]["decoder.conv_in.weight"]
+    torch.save(saved, path)
+    with pytest.raises(RuntimeError, match="decoder.conv_in.weight"):
+        train("trust", settings, data, tmp_path / "on", init=path, steps=1)
 
 
 def test_the_decoder_is_frozen_at_first(data, tmp_path):

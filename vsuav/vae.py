@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vsuav.enlarger import Enlarger
 from vsuav.layers import (
     Down,
     FrameConv,
@@ -41,6 +42,8 @@ class VAEConfig:
     `mid_block_layers`: residual blocks of the decoder's middle behind its attention; those from the second on are 2-D.
     `fading`: the last number of a latent says where the input's colour is to go, see `without_colour`.
     `num_class_embeds`: a decoder that knows the noise level has a table of so many levels, as the U-Net has.
+    `enlarger_channels`, `enlarger_layers`: an `Enlarger` so wide and deep, with which the decoder's picture is mixed;
+    for a decoder with `bicubic_skip` that knows the noise level.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512)
@@ -59,6 +62,8 @@ class VAEConfig:
     unshuffle: int = 1
     fading: bool = False
     num_class_embeds: int | None = None
+    enlarger_channels: int | None = None
+    enlarger_layers: int = 6
 
     FIXED = {
         "act_fn": ("silu",),
@@ -81,6 +86,11 @@ class VAEConfig:
         known = ("UpDecoderBlock2D", "UpDecoderBlock3D", "UpDecoderBlock3D_plus")
         if self.mid_block_layers < 1:
             raise ValueError(f"VAEConfig: mid_block_layers must be at least 1, got {self.mid_block_layers}")
+        if self.enlarger_channels and not (self.bicubic_skip and self.num_class_embeds):
+            raise ValueError(
+                f"VAEConfig: enlarger_channels needs bicubic_skip and num_class_embeds, got {self.enlarger_channels} "
+                f"with {self.bicubic_skip} and {self.num_class_embeds}"
+            )
         for kind in self.up_block_types:
             if kind not in known:
                 raise ValueError(f"VAEConfig: unknown block type {kind!r}; known: {', '.join(known)}")
@@ -263,6 +273,8 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
         self.quant_conv = FrameConv(moments, moments, 1)
         self.post_quant_conv = FrameConv(config.latent_channels, config.latent_channels, 1)
+        if config.enlarger_channels:
+            self.enlarger = Enlarger(config.enlarger_channels, config.enlarger_layers, config.num_class_embeds)
 
     def _enter(self, x: Tensor) -> Tensor:
         return x.to(self.quant_conv.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
@@ -304,6 +316,8 @@ class VAE(nn.Module):
             raise ValueError("VAE.decode: this decoder needs level, the noise level of each clip, got None")
         condition = self._enter(low_res) if self.config.condition_img else None
         x = (decoder or self.decoder)(self.post_quant_conv(self._enter(z)), condition, level, w)
+        if self.config.enlarger_channels:
+            x = self.enlarger.mixed(x, self._enter(low_res), level)
         if self.config.bicubic_skip:
             skip = F.interpolate(frames(low_res), scale_factor=self.config.factor, mode="bicubic", align_corners=False)
             x = x + clip(skip, z.shape[2]).to(x)

@@ -1,0 +1,62 @@
+"""What the low-resolution clip alone says of the large picture: a small network without diffusion, and how far to trust it.
+
+The decoder of a bundled model draws what the latents say. Where the input is hardly damaged its own pixels know better,
+so the decoder's picture is mixed with this one, pixel by pixel and noise level by noise level.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vsuav.layers import FrameConv, clip, frames, zeroed
+
+SCALE = 4
+UNTRAINED = -4.0
+"""What every noise level's share starts from: 2 % of the picture."""
+
+
+class Plain(nn.Module):
+    """x + conv2(SiLU(conv1(x))): without normalisation, which costs an enlarger fidelity (Lim et al. 2017, EDSR)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = FrameConv(channels, channels, 3, padding=1)
+        self.conv2 = zeroed(FrameConv(channels, channels, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x "b c t h w"."""
+        return self.conv2(F.silu(self.conv1(x), inplace=not torch.is_grad_enabled()), add=x)
+
+
+class Enlarger(nn.Module):
+    """What is to be added to bicubic enlargement, and the share of it that counts beside the decoder's.
+
+    Args:
+        channels: width.
+        layers: residual blocks.
+        levels: noise levels that have a share of their own.
+    """
+
+    def __init__(self, channels: int, layers: int, levels: int):
+        super().__init__()
+        self.conv_in = FrameConv(3, channels, 3, padding=1)
+        self.blocks = nn.Sequential(*(Plain(channels) for _ in range(layers)))
+        self.conv_out = zeroed(FrameConv(channels, 4 * SCALE**2, 3, padding=1))
+        self.class_embedding = nn.Embedding(levels, 1)
+        nn.init.constant_(self.class_embedding.weight, UNTRAINED)
+
+    def forward(self, low_res: Tensor) -> tuple[Tensor, Tensor]:
+        """low_res "b 3 t h w" in [-1, 1] -> detail "b 3 t 4h 4w" and trust "b 1 t 4h 4w", which `mixed` wants."""
+        x = self.conv_in(low_res)
+        y = self.conv_out(self.blocks(x) + x)
+        detail, trust = frames(y).split((3 * SCALE**2, SCALE**2), dim=1)
+        return tuple(clip(F.pixel_shuffle(part, SCALE), y.shape[2]) for part in (detail, trust))
+
+    def mixed(self, drawn: Tensor, low_res: Tensor, level: Tensor) -> Tensor:
+        """`drawn` "b 3 t 4h 4w", what a decoder adds to bicubic, mixed with what this network adds; level (b,), int64.
+
+        The share of a pixel is the sigmoid of its trust and its noise level's.
+        """
+        detail, trust = self(low_res)
+        share = torch.sigmoid(trust + self.class_embedding(level)[:, :, None, None, None].to(trust))
+        return torch.lerp(drawn, detail.to(drawn), share.to(drawn))
