@@ -40,7 +40,8 @@ def export(source: Path, target: Path, prompts: Path, config: dict | None = None
             shutil.copytree(Path(config["folder"]) / name, target / name, dirs_exist_ok=True)
     index = {"_class_name": "VsuavPipeline", "vsuav": config["model"]}
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    shutil.copyfile(prompts, target / "prompts.safetensors")
+    if prompts.resolve() != (target / "prompts.safetensors").resolve():
+        shutil.copyfile(prompts, target / "prompts.safetensors")
     load(target)
     return sum(path.stat().st_size for path in target.rglob("*.safetensors"))
 

@@ -390,3 +390,5 @@ def test_what_was_trained_can_be_exported_and_loaded(data, tmp_path):
     assert models.kind == "vsuav" and models.defaults["preset"] == toy.DEFAULTS["preset"]
     name = "conv_in.weight"
     assert torch.allclose(models.unet.state_dict()[name], weights(path)[f"unet.{name}"], atol=1e-3)
+    export(path, tmp_path / "model", tmp_path / "model" / "prompts.safetensors")  # new weights, the same prompts
+    assert read_prompts(tmp_path / "model" / "prompts.safetensors").keys() == set(PROMPTS)
