@@ -204,9 +204,9 @@ class Learner(nn.Module):
         video = only("vae_video.decoder.", "vae_video.post_quant_conv.")
         new = [n for n in video if "_3d." in n]
         told = [n for n in video if "time_emb_proj" in n]
-        levels = [n for n in names if n.endswith("class_embedding.weight")]
-        flat = [n for n in video if n not in (*new, *told, *levels)]
         shares = only("vae_video.enlarger.class_embedding.")
+        levels = [n for n in names if n.endswith("class_embedding.weight") and n not in shares]
+        flat = [n for n in video if n not in (*new, *told, *levels)]
         enlarger = [n for n in only("vae_video.enlarger.") if n not in shares]
         time_ = {f"unet.{name}" for name in temporal_parameters(self.unet)}
         spatial = [n for n in only("unet.") if n not in time_ and n not in levels]
@@ -215,7 +215,8 @@ class Learner(nn.Module):
             "unet": {"unet": spatial, "levels": only("unet.class_embedding.")},
             "fewstep": {"unet": spatial, "levels": levels, "decoder": flat, "told": told},
             "temporal": {
-                "unet": sorted(time_), "image": spatial, "levels": levels, "decoder": flat, "new": new, "told": told
+                "unet": sorted(time_), "image": spatial, "levels": levels, "decoder": flat, "new": new, "told": told,
+                "enlarger": enlarger, "shares": shares,
             },
             "vae_video": {"decoder": flat, "new": new, "told": told, "enlarger": enlarger, "shares": shares},
             "vae_image": {"decoder": plain},

@@ -48,7 +48,7 @@ def config() -> dict:
             },
             "whole": {
                 **clips, "as": "temporal", "decode": 4, "parts": [{}, {"data": "stills.npy", "batch": 2, "frames": 1}],
-                "rates": {"unet": 1e-3, "image": 1e-3, "decoder": 1e-3},
+                "rates": {"unet": 1e-3, "image": 1e-3, "decoder": 1e-3, "levels": 1e-3, "enlarger": 1e-3, "shares": 0.02},
             },
             "vae_image": {**stills, "after": ["unet"], "rates": {"decoder": 1e-3}},
             "enlarger": {**stills, "after": ["unet"], "rates": {"enlarger": 1e-3}},
@@ -92,7 +92,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(data, tmp_path, stage)
         assert torch.equal(value, resumed[name]), name
 
 
-@pytest.mark.parametrize("stage", ["vae", "unet", "temporal", "vae_video", "vae_image", "enlarger", "trust"])
+@pytest.mark.parametrize("stage", ["vae", "unet", "temporal", "whole", "vae_video", "vae_image", "enlarger", "trust"])
 def test_only_what_a_stage_trains_moves(data, tmp_path, stage):
     settings = config()
     before = {f"{part}.{n}": v.clone() for part, net in build(settings).items() for n, v in net.state_dict().items()}
@@ -104,12 +104,15 @@ def test_only_what_a_stage_trains_moves(data, tmp_path, stage):
         "vae": lambda n: n.startswith(("vae.encoder.", "vae.quant", "vae_video.")) and "_3d" not in n,
         "unet": lambda n: n.startswith("unet.") and n not in in_time,
         "temporal": lambda n: n in in_time or "rotary_emb" in n,
+        "whole": lambda n: n.startswith(("unet.", "vae_video.decoder", "vae_video.post_quant", "vae_video.enlarger.")),
         "vae_video": lambda n: n.startswith(("vae_video.decoder", "vae_video.post_quant")),
         "vae_image": lambda n: n.startswith(("vae.decoder", "vae.post_quant")),
         "enlarger": lambda n: n.startswith("vae_video.enlarger.") and "class_embedding" not in n,
         "trust": lambda n: n.startswith("vae_video.enlarger."),
     }[stage]
     assert moved and all(allowed(name) for name in moved), sorted(n for n in moved if not allowed(n))
+    if "shares" in settings["stages"][stage]["rates"]:
+        assert "vae_video.enlarger.class_embedding.weight" in moved
 
 
 def test_a_model_from_before_the_enlarger_goes_on_with_a_fresh_one(data, tmp_path):

@@ -248,7 +248,6 @@ class ResBlock(nn.Module):
         h = self.conv2(self.norm2(h, act=True), add=None if self.changes_width else x)
         return self.conv_shortcut(x, add=h) if self.changes_width else h
 
-
     def shift(self, e: Tensor | None) -> Tensor | None:
         """What an embedding "b d" adds to the first convolution, "b c"; None where the block takes none."""
         return self.time_emb_proj(F.silu(e)) if self.takes_embedding else None
