@@ -48,7 +48,7 @@ def config() -> dict:
             },
             "whole": {
                 **clips, "as": "temporal", "decode": 4, "parts": [{}, {"data": "stills.npy", "batch": 2, "frames": 1}],
-                "rates": {"unet": 1e-3, "image": 1e-3, "decoder": 1e-3, "levels": 1e-3, "enlarger": 1e-3, "shares": 0.02},
+                "rates": dict.fromkeys(["unet", "image", "levels", "decoder", "enlarger"], 1e-3) | {"shares": 0.02},
             },
             "vae_image": {**stills, "after": ["unet"], "rates": {"decoder": 1e-3}},
             "enlarger": {**stills, "after": ["unet"], "rates": {"enlarger": 1e-3}},
