@@ -213,6 +213,8 @@ class PlainDecoder:
         x = first = conv(low_res, p.conv_in)
         for j in range(self.config.enlarger_layers):
             x = x + conv(F.silu(conv(x, p.blocks[j].conv1)), p.blocks[j].conv2)
+            if "meetings" in p and j % 2:
+                x = x + conv(F.silu(conv(x, p.meetings[j // 2].conv1)), p.meetings[j // 2].conv2)
         detail, trust = conv(x + first, p.conv_out).split((48, 16), dim=1)
         detail, trust = (torch.stack([F.pixel_shuffle(f, 4) for f in y.unbind(2)], dim=2) for y in (detail, trust))
         share = torch.sigmoid(trust + p.class_embedding.weight[level][:, :, None, None, None])

@@ -19,7 +19,9 @@ CONFIGS = {
     "video": toy.VAE_VIDEO,
     "attention": {**toy.VAE_VIDEO, "mid_block_add_attention": True, "bicubic_skip": False},
     "level": {**toy.VAE_VIDEO, "num_class_embeds": 30, "mid_block_layers": 3},
-    "enlarger": {**toy.VAE_VIDEO, "num_class_embeds": 30, "enlarger_channels": 6, "enlarger_layers": 2},
+    "enlarger": {
+        **toy.VAE_VIDEO, "num_class_embeds": 30, "enlarger_channels": 6, "enlarger_layers": 2, "enlarger_meeting": 4,
+    },
     "unshuffled": {
         **toy.VAE_VIDEO, "block_out_channels": [8, 16], "unshuffle": 2, "down_block_types": ["DownEncoderBlock3D"] * 2,
         "up_block_types": ["UpDecoderBlock3D_plus", "UpDecoderBlock3D"],

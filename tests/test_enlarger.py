@@ -16,9 +16,9 @@ def inference():
         yield
 
 
-def enlarger(layers: int = 2) -> Enlarger:
+def enlarger(layers: int = 2, meeting: int | None = None) -> Enlarger:
     torch.manual_seed(4)
-    made = Enlarger(6, layers, 30)
+    made = Enlarger(6, layers, 30, meeting)
     for p in made.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return made
@@ -77,8 +77,39 @@ def test_frames_do_not_meet():
         close(together[:, :, order], apart)
 
 
-def test_inference_equals_training():
-    net, low = enlarger(), torch.rand(1, 3, 2, 8, 9)
+@pytest.mark.parametrize("layers", [4, 5])
+def test_frames_meet_after_every_second_block(layers):
+    """Against convolutions of single frames; the second of a meeting sums three, one a frame, zeros beyond the ends."""
+    net, low = enlarger(layers, meeting=5), torch.rand(2, 3, 3, 5, 6)
+    frame = lambda x, w, b: F.conv2d(x, w, b, padding=1)  # noqa: E731
+    x = first = [frame(low[:, :, t], net.conv_in.weight, net.conv_in.bias) for t in range(3)]
+    for i, block in enumerate(net.blocks):
+        h = [F.silu(frame(y, block.conv1.weight, block.conv1.bias)) for y in x]
+        x = [y + frame(z, block.conv2.weight, block.conv2.bias) for y, z in zip(x, h, strict=True)]
+        if i in (1, 3):
+            conv1, conv2 = net.meetings[i // 2].conv1, net.meetings[i // 2].conv2
+            h = [F.silu(frame(y, conv1.weight, conv1.bias)) for y in x]
+            h = [torch.zeros_like(h[0]), *h, torch.zeros_like(h[0])]
+            near = lambda t: sum(frame(h[t + k], conv2.weight[:, :, k], None) for k in range(3))  # noqa: B023, E731
+            x = [y + near(t) + conv2.bias[:, None, None] for t, y in enumerate(x)]
+    for t, got in enumerate(net(low)[0].unbind(2)):
+        y = frame(x[t] + first[t], net.conv_out.weight, net.conv_out.bias)
+        close(got, F.pixel_shuffle(y[:, :48], 4))
+
+
+def test_fresh_meetings_change_nothing():
+    net, low = Enlarger(6, 4, 30, 5), torch.rand(1, 3, 3, 5, 6)
+    apart = Enlarger(6, 4, 30)
+    apart.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("meetings.")})
+    for module in (net, apart):
+        torch.nn.init.constant_(module.conv_out.weight, 0.1)
+    for a, b in zip(net(low), apart(low), strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("meeting", [None, 5])
+def test_inference_equals_training(meeting):
+    net, low = enlarger(meeting=meeting), torch.rand(1, 3, 2, 8, 9)
     fast = net(low)
     with torch.enable_grad():
         for a, b in zip(fast, net(low), strict=True):

@@ -1,4 +1,4 @@
-"""What the low-resolution clip alone says of the large picture: a small network without diffusion, and how far to trust it.
+"""What the low-resolution frames alone say of large ones: a small network without diffusion, and how far to trust it.
 
 The decoder of a bundled model draws what the latents say. Where the input is hardly damaged its own pixels know better,
 so the decoder's picture is mixed with this one, pixel by pixel and noise level by noise level.
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vsuav.layers import FrameConv, clip, frames, zeroed
+from vsuav.layers import FrameConv, VolumeConv, clip, frames, zeroed
 
 SCALE = 4
 UNTRAINED = -4.0
@@ -16,12 +16,18 @@ UNTRAINED = -4.0
 
 
 class Plain(nn.Module):
-    """x + conv2(SiLU(conv1(x))): without normalisation, which costs an enlarger fidelity (Lim et al. 2017, EDSR)."""
+    """x + conv2(SiLU(conv1(x))): without normalisation, which costs an enlarger fidelity (Lim et al. 2017, EDSR).
 
-    def __init__(self, channels: int):
+    Args:
+        channels: of x.
+        inner: what conv1 gives.
+        second: conv2's class; with `VolumeConv` it also sees the frames before and after.
+    """
+
+    def __init__(self, channels: int, inner: int, second: type[FrameConv | VolumeConv] = FrameConv):
         super().__init__()
-        self.conv1 = FrameConv(channels, channels, 3, padding=1)
-        self.conv2 = zeroed(FrameConv(channels, channels, 3, padding=1))
+        self.conv1 = FrameConv(channels, inner, 3, padding=1)
+        self.conv2 = zeroed(second(inner, channels, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         """x "b c t h w"."""
@@ -35,20 +41,27 @@ class Enlarger(nn.Module):
         channels: width.
         layers: residual blocks.
         levels: noise levels that have a share of their own.
+        meeting: inner width of further blocks, one behind every second of the others, in which a frame meets those
+            before and after it; None: there are none.
     """
 
-    def __init__(self, channels: int, layers: int, levels: int):
+    def __init__(self, channels: int, layers: int, levels: int, meeting: int | None = None):
         super().__init__()
         self.conv_in = FrameConv(3, channels, 3, padding=1)
-        self.blocks = nn.Sequential(*(Plain(channels) for _ in range(layers)))
+        self.blocks = nn.ModuleList(Plain(channels, channels) for _ in range(layers))
+        self.meetings = nn.ModuleList(Plain(channels, meeting, VolumeConv) for _ in range(layers // 2) if meeting)
         self.conv_out = zeroed(FrameConv(channels, 4 * SCALE**2, 3, padding=1))
         self.class_embedding = nn.Embedding(levels, 1)
         nn.init.constant_(self.class_embedding.weight, UNTRAINED)
 
     def forward(self, low_res: Tensor) -> tuple[Tensor, Tensor]:
         """low_res "b 3 t h w" in [-1, 1] -> detail "b 3 t 4h 4w" and trust "b 1 t 4h 4w", which `mixed` wants."""
-        x = self.conv_in(low_res)
-        y = self.conv_out(self.blocks(x) + x)
+        x = first = self.conv_in(low_res)
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if self.meetings and i % 2:
+                x = self.meetings[i // 2](x)
+        y = self.conv_out(x + first)
         detail, trust = frames(y).split((3 * SCALE**2, SCALE**2), dim=1)
         return tuple(clip(F.pixel_shuffle(part, SCALE), y.shape[2]) for part in (detail, trust))
 

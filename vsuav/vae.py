@@ -43,7 +43,8 @@ class VAEConfig:
     `fading`: the last number of a latent says where the input's colour is to go, see `without_colour`.
     `num_class_embeds`: a decoder that knows the noise level has a table of so many levels, as the U-Net has.
     `enlarger_channels`, `enlarger_layers`: an `Enlarger` so wide and deep, with which the decoder's picture is mixed;
-    for a decoder with `bicubic_skip` that knows the noise level.
+    for a decoder with `bicubic_skip` that knows the noise level. `enlarger_meeting`: frames meet in it, in so wide
+    blocks.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512)
@@ -64,6 +65,7 @@ class VAEConfig:
     num_class_embeds: int | None = None
     enlarger_channels: int | None = None
     enlarger_layers: int = 6
+    enlarger_meeting: int | None = None
 
     FIXED = {
         "act_fn": ("silu",),
@@ -91,6 +93,8 @@ class VAEConfig:
                 f"VAEConfig: enlarger_channels needs bicubic_skip and num_class_embeds, got {self.enlarger_channels} "
                 f"with {self.bicubic_skip} and {self.num_class_embeds}"
             )
+        if self.enlarger_meeting and not self.enlarger_channels:
+            raise ValueError(f"VAEConfig: enlarger_meeting needs enlarger_channels, got {self.enlarger_meeting} without")
         for kind in self.up_block_types:
             if kind not in known:
                 raise ValueError(f"VAEConfig: unknown block type {kind!r}; known: {', '.join(known)}")
@@ -274,7 +278,9 @@ class VAE(nn.Module):
         self.quant_conv = FrameConv(moments, moments, 1)
         self.post_quant_conv = FrameConv(config.latent_channels, config.latent_channels, 1)
         if config.enlarger_channels:
-            self.enlarger = Enlarger(config.enlarger_channels, config.enlarger_layers, config.num_class_embeds)
+            self.enlarger = Enlarger(
+                config.enlarger_channels, config.enlarger_layers, config.num_class_embeds, config.enlarger_meeting
+            )
 
     def _enter(self, x: Tensor) -> Tensor:
         return x.to(self.quant_conv.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
