@@ -31,7 +31,10 @@ def config() -> dict:
     return {
         "seed": 3, "precision": "no", "stlpips": False, "unet": toy.UNET | {"in_channels": 8, "out_channels": 5},
         "vae": toy.VAE_IMAGE | code,
-        "vae_video": toy.VAE_VIDEO | code | {"num_class_embeds": 300, "enlarger_channels": 8, "enlarger_layers": 2, "enlarger_meeting": 4},
+        "vae_video": {
+            **toy.VAE_VIDEO, **code,
+            "num_class_embeds": 300, "enlarger_channels": 8, "enlarger_layers": 2, "enlarger_meeting": 4,
+        },
         "scheduler": toy.SCHEDULER,
         "model": {"defaults": toy.DEFAULTS, "presets": toy.PRESETS},
         "stages": {

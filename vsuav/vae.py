@@ -94,7 +94,7 @@ class VAEConfig:
                 f"with {self.bicubic_skip} and {self.num_class_embeds}"
             )
         if self.enlarger_meeting and not self.enlarger_channels:
-            raise ValueError(f"VAEConfig: enlarger_meeting needs enlarger_channels, got {self.enlarger_meeting} without")
+            raise ValueError(f"VAEConfig: enlarger_meeting {self.enlarger_meeting} needs enlarger_channels, got None")
         for kind in self.up_block_types:
             if kind not in known:
                 raise ValueError(f"VAEConfig: unknown block type {kind!r}; known: {', '.join(known)}")
