@@ -27,7 +27,8 @@ esac
 @pytest.fixture
 def checkout(tmp_path):
     """A folder with what environment.sh reads, and a PATH on which the only Python is the played one."""
-    for name in ("pyproject.toml", "setup.cfg", ".python-version"):
+    (tmp_path / "vsuav").mkdir()
+    for name in ("pyproject.toml", "setup.cfg", ".python-version", "vsuav/native.cpp"):
         shutil.copy(ROOT / name, tmp_path / name)
     tools = tmp_path / "tools"
     tools.mkdir()

@@ -7,8 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vsuav import winograd
+from vsuav import native, winograd
 from vsuav.layers import FrameConv
+
+
+@pytest.fixture(autouse=True)
+def _without_machine_code(monkeypatch):
+    monkeypatch.setattr(native, "KIND", None)
 
 
 def operands(n, i, o, h, w, seed=0):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vsuav import winograd
+from vsuav import native, winograd
 
 
 def memory(x: Tensor) -> Tensor:
@@ -133,6 +133,9 @@ class JointNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor, act: bool = False) -> Tensor:
+        if fused(x, self.weight) and native.takes(x, x.shape[1]):
+            m = memory(x)
+            return video(native.line(m, *self.line(m), act))
         if x.device.type == "cpu" and x[0, 0].numel() > LARGE and not torch.is_grad_enabled():
             clips = [self.large(m) for m in memory(x).split(1)]
             y = (clips[0] if len(clips) == 1 else torch.cat(clips)).permute(0, 3, 1, 2)
@@ -141,6 +144,10 @@ class JointNorm(nn.GroupNorm):
         if act:
             y = F.silu(y, inplace=not torch.is_grad_enabled())
         return untimeline(y, *x.shape[3:])
+
+    def line(self, m: Tensor) -> tuple[Tensor, Tensor]:
+        """What normalises "b t h w c": scale and shift "b c", where `native` takes it."""
+        return native.moments(m, self.weight, self.bias, self.num_groups, self.eps)
 
     def large(self, m: Tensor) -> Tensor:
         """The same for one large clip "1 t h w c" -> "1 t (h w) c", as exact as for a small one.
@@ -178,13 +185,20 @@ class Conv(nn.Module):
     """What convolutions share: `forward(x, shift, add)` = convolution + bias + shift + add.
 
     shift "b c" or "1 c" is broadcast over frames and pixels; one that all clips share costs nothing, being part of the
-    bias. add "b c t h w" is what the convolution is a residual to.
+    bias. add "b c t h w" is what the convolution is a residual to. norm: what is convolved is SiLU(norm(x)) instead.
     """
 
-    def forward(self, x: Tensor, shift: Tensor | None = None, add: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, shift: Tensor | None = None, add: Tensor | None = None, norm: "JointNorm | None" = None
+    ) -> Tensor:
         bias = self.bias
         if shift is not None and len(shift) == 1:
             bias, shift = bias + shift[0], None
+        if shift is None and self.small() and fused(x, self.weight) and native.pays(x, self.weight):
+            m = memory(x)
+            line, add = norm and norm.line(m), None if add is None else memory(add)
+            return video(native.convolve(m, self.weight, bias, add, line))
+        x = x if norm is None else norm(x, act=True)
         if self.kernel_size == (1, 1):
             y = affine(memory(x), self.weight.flatten(1), bias, None if add is None else memory(add))
             return video(y) if shift is None else video(y) + shift[:, :, None, None, None]
@@ -193,13 +207,17 @@ class Conv(nn.Module):
             y = plus(y, shift[:, :, None, None, None])
         return y if add is None else plus(y, add)
 
+    def small(self) -> bool:
+        """Does it see 3x3 pixels (of one frame or three), and give as many as it gets?"""
+        return (*self.kernel_size[-2:], *self.padding) == (3, 3, *[1] * len(self.padding)) and max(self.stride) == 1
+
 
 class FrameConv(Conv, nn.Conv2d):
     """A 2-D convolution of every frame of "b c t h w"."""
 
     def convolve(self, x: Tensor, bias: Tensor) -> Tensor:
-        y, small = frames(x), (self.kernel_size, self.stride, self.padding) == ((3, 3), (1, 1), (1, 1))
-        if small and fused(x, self.weight) and winograd.pays(y, self.weight):
+        y = frames(x)
+        if self.small() and fused(x, self.weight) and winograd.pays(y, self.weight):
             return clip(winograd.convolve(y, self.weight, bias), x.shape[2])
         return clip(F.conv2d(y, self.weight, bias, self.stride, self.padding), x.shape[2])
 
@@ -219,7 +237,15 @@ class VolumeConv(Conv, nn.Conv3d):
     """A full 3-D convolution of "b c t h w"."""
 
     def convolve(self, x: Tensor, bias: Tensor) -> Tensor:
-        return F.conv3d(video(memory(x)), self.weight, bias, padding=self.padding)
+        if not (fused(x, self.weight) and x.dtype == torch.float32):
+            return F.conv3d(video(memory(x)), self.weight, bias, padding=self.padding)
+        # torch's own in float32 takes several times as long as three of frames
+        before, there, after = (w.contiguous(memory_format=torch.channels_last) for w in self.weight.unbind(2))
+        y = clip(F.conv2d(frames(x), there, bias, padding=1), x.shape[2])
+        if x.shape[2] > 1:
+            y[:, :, 1:] += clip(F.conv2d(frames(x[:, :, :-1]), before, padding=1), x.shape[2] - 1)
+            y[:, :, :-1] += clip(F.conv2d(frames(x[:, :, 1:]), after, padding=1), x.shape[2] - 1)
+        return y
 
 
 class ResBlock(nn.Module):
@@ -244,8 +270,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, e: Tensor | None = None) -> Tensor:
         """x "b c t h w"; e "b d" or "1 d", only where the block was built with `emb`."""
-        h = self.conv1(self.norm1(x, act=True), self.shift(e))
-        h = self.conv2(self.norm2(h, act=True), add=None if self.changes_width else x)
+        h = self.conv1(x, self.shift(e), norm=self.norm1)
+        h = self.conv2(h, add=None if self.changes_width else x, norm=self.norm2)
         return self.conv_shortcut(x, add=h) if self.changes_width else h
 
     def shift(self, e: Tensor | None) -> Tensor | None:
@@ -276,7 +302,7 @@ class PlusResBlock(ResBlock):
 
     def forward(self, x: Tensor, e: Tensor | None = None) -> Tensor:
         y = super().forward(x, e)
-        return self.conv_3d(self.norm_3d(y, act=True), add=y)
+        return self.conv_3d(y, add=y, norm=self.norm_3d)
 
 
 class Down(nn.Module):
@@ -300,9 +326,11 @@ class Up(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         b, _, t, h, w = x.shape
-        size = size or (2 * h, 2 * w)
+        size, weight = size or (2 * h, 2 * w), self.conv.weight
+        if size == (2 * h, 2 * w) and fused(x, weight) and native.pays(x, weight):
+            return video(native.convolve(memory(x), weight, self.conv.bias, enlarge=2))
         if size == (2 * h, 2 * w) and b * t * h * w >= 256 and not torch.is_grad_enabled():
-            return doubled(x, self.conv.weight, self.conv.bias)
+            return doubled(x, weight, self.conv.bias)
         return self.conv(clip(F.interpolate(frames(x), size=size, mode="nearest"), t))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vsuav import native
 from vsuav.bands import BandedDecoder
 from vsuav.checkpoint import Models, load, locate
 from vsuav.color import adain, bicubic4, wavelet
@@ -78,7 +79,8 @@ def device_kind(device: str) -> str:
     """The kind of device and the versions of the libraries, as far as they decide the last bit of a result."""
     if device == "cpu":
         matrix = [name for name, there in BFLOAT16_UNITS.items() if there()]
-        kind = " ".join(("cpu", platform.machine(), torch.backends.cpu.get_cpu_capability(), *matrix))
+        own = [f"native {native.KIND}"] if native.KIND else []
+        kind = " ".join(("cpu", platform.machine(), torch.backends.cpu.get_cpu_capability(), *matrix, *own))
     else:
         kind = f"cuda {torch.cuda.get_device_name(device)} {torch.version.cuda}"
     return f"{kind} torch {torch.__version__} {LIBRARY}"

@@ -536,7 +536,7 @@ class UNetVideo(nn.Module):
         if deep is None:
             deep = self._inner(x, e, context, skips)
         x = self._up(len(self.up_blocks) - 1, deep.to(dtype), e, context, skips)
-        v = self.conv_out(self.conv_norm_out(x, act=True))
+        v = self.conv_out(x, norm=self.conv_norm_out)
         return (v, deep) if keep else v
 
     def _inner(self, x: Tensor, e: Tensor, context: Tensor | PreparedContext, skips: list[Tensor]) -> Tensor:

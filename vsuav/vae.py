@@ -204,7 +204,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(self.conv_norm_out(self.mid_block(x), act=True))
+        return self.conv_out(self.mid_block(x), norm=self.conv_norm_out)
 
 
 class ConditionFuse(nn.Module):
@@ -255,7 +255,7 @@ class Decoder(nn.Module):
         x = self.mid_block(x, e)
         for block in self.up_blocks:
             x = block(x, e)
-        return self.arranged(self.conv_out(self.conv_norm_out(x, act=True)))
+        return self.arranged(self.conv_out(x, norm=self.conv_norm_out))
 
     def embedded(self, level: Tensor | None) -> Tensor | None:
         """What the residual blocks are told of the noise level."""

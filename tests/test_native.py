@@ -1,0 +1,216 @@
+"""The project's own machine code against torch in float64, and against the layers without it."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vsuav import native
+from vsuav.checkpoint import load, locate
+from vsuav.layers import FrameConv, JointNorm, ResBlock, TimeConv, Up, VolumeConv, lay_out, memory, video
+from vsuav.turns import working_threads
+
+there = pytest.mark.skipif(native.KIND is None, reason="this CPU has no machine code here, or it was not compiled")
+SOURCE = Path(native.__file__).with_name("native.cpp")
+
+
+def clip_of(b, c, t, h, w):
+    return torch.randn(b, c, t, h, w).contiguous(memory_format=torch.channels_last_3d)
+
+
+def nearly(result, truth, share=1.5e-5):
+    """Within a share of the largest value: what sums with factors up to 8 cost in float32."""
+    assert (result - truth).abs().max() <= share * max(1.0, truth.abs().max().item())
+
+
+def exact(m, weight, bias, add=None, norm=None, enlarge=1):
+    """What `native.convolve` promises, in float64, by torch's own operations."""
+    x = video(m).double()
+    if norm is not None:
+        scale, shift = (n.double()[:, :, None, None, None] for n in norm)
+        x = F.silu(x * scale + shift)
+    x = F.interpolate(x, scale_factor=(1, enlarge, enlarge), mode="nearest")
+    weight = weight if weight.dim() == 5 else weight[:, :, None]
+    y = F.conv3d(x, weight.double(), bias.double(), padding=(weight.shape[2] // 2, 1, 1))
+    return memory(y if add is None else y + video(add).double())
+
+
+@pytest.fixture(scope="module", params=["this CPU's", "16 at a time"])
+def library(request, tmp_path_factory):
+    """The code as it was built, and the same with vectors twice as long, whatever this CPU has."""
+    if request.param == "this CPU's":
+        return native._library
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    file = tmp_path_factory.mktemp("native") / "wide.so"
+    flags = ["-O1", "-std=c++17", "-DLANES=16", "-mavx2", "-mfma", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
+    subprocess.run([compiler, *flags, "-o", file, SOURCE], check=True)
+    return native.opened(file)
+
+
+@there
+@settings(max_examples=80, deadline=None)
+@given(
+    b=st.integers(1, 2), t=st.integers(1, 4), h=st.integers(1, 11), w=st.integers(1, 11),
+    inputs=st.sampled_from([16, 32, 48]), outputs=st.sampled_from([16, 32]), volume=st.booleans(), added=st.booleans(),
+    normed=st.booleans(), enlarge=st.sampled_from([1, 2]), columns_first=st.booleans(), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_convolutions_of_any_size(
+    library, b, t, h, w, inputs, outputs, volume, added, normed, enlarge, columns_first, seed
+):
+    torch.manual_seed(seed)
+    taps = (3, 3, 3) if volume else (3, 3)
+    weight = torch.randn(outputs, inputs, *taps) / (27 * inputs) ** 0.5
+    if columns_first:
+        weight = weight.transpose(-1, -2)
+    m, bias = torch.randn(b, t, h, w, inputs), torch.randn(outputs)
+    add = torch.randn(b, t, h * enlarge, w * enlarge, outputs) if added else None
+    norm = (torch.rand(b, inputs) + 0.5, torch.randn(b, inputs)) if normed else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_library", library)
+        y = native.convolve(m, weight, bias, add, norm, enlarge)
+    truth = exact(m, weight, bias, add, norm, enlarge)
+    assert y.shape == truth.shape
+    nearly(y, truth)
+
+
+@there
+def test_many_channels_and_many_blocks(library, monkeypatch):
+    monkeypatch.setattr(native, "_library", library)
+    torch.manual_seed(0)
+    m, weight, bias = torch.randn(1, 2, 45, 50, 272), torch.randn(64, 272, 3, 3) / 50, torch.randn(64)
+    truth = exact(m, weight, bias)
+    ours = (native.convolve(m, weight, bias) - truth).square().mean().sqrt()
+    theirs = (memory(F.conv3d(video(m), weight[:, :, None], bias, padding=(0, 1, 1))) - truth).square().mean().sqrt()
+    assert ours < 5e-6 and ours < 10 * theirs
+
+
+@there
+@settings(max_examples=40, deadline=None)
+@given(
+    b=st.integers(1, 2), t=st.integers(1, 3), h=st.integers(1, 40), w=st.integers(1, 40),
+    channels=st.sampled_from([16, 48]), groups=st.sampled_from([1, 2, 8]), act=st.booleans(),
+    offset=st.sampled_from([0.0, 300.0]), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_norms(library, b, t, h, w, channels, groups, act, offset, seed):
+    torch.manual_seed(seed)
+    m, weight, bias = torch.randn(b, t, h, w, channels) + offset, torch.randn(channels), torch.randn(channels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_library", library)
+        y = native.line(m, *native.moments(m, weight, bias, groups, 1e-5), act)
+    truth = F.group_norm(video(m).double(), groups, weight.double(), bias.double(), 1e-5)
+    truth = memory(F.silu(truth) if act else truth)
+    torch.testing.assert_close(y.double(), truth, atol=2e-3 if offset else 2e-5, rtol=0)
+
+
+@there
+def test_silu_over_all_floats(library, monkeypatch):
+    monkeypatch.setattr(native, "_library", library)
+    x = torch.cat([torch.linspace(-120, 120, 4096), torch.logspace(-30, 38, 2048), -torch.logspace(-30, 38, 2048)])
+    y = native.line(x.view(1, 1, 1, -1, 16), torch.ones(1, 16), torch.zeros(1, 16), True).flatten()
+    truth = F.silu(x.double())
+    assert torch.isfinite(y).all()
+    assert ((y - truth).abs() <= 4e-7 * truth.abs() + 1e-35 * x.abs()).all()
+
+
+@there
+def test_what_is_not_a_number_stays_so():
+    m = torch.zeros(1, 1, 6, 6, 16)
+    m[0, 0, 3, 3, 5] = torch.nan
+    ones, zeros = torch.ones(1, 16), torch.zeros(1, 16)
+    assert native.line(m, ones, zeros, True)[0, 0, 3, 3].isnan().tolist() == [i == 5 for i in range(16)]
+    y = native.convolve(m, torch.randn(16, 16, 3, 3), zeros[0], norm=(ones, zeros))
+    assert y[0, 0, 2:5, 2:5].isnan().all()
+
+
+@there
+@pytest.mark.parametrize("volume", [False, True])
+def test_bits_do_not_depend_on_threads(volume):
+    torch.manual_seed(0)
+    m, norm = torch.randn(2, 3, 37, 41, 48), JointNorm(2, 48, 1e-5)
+    weight, bias = torch.randn(32, 48, *([3] * (2 + volume))), torch.randn(32)
+    results = []
+    for threads in (1, 2, 3, 4):
+        with working_threads(threads), torch.no_grad():
+            line = norm.line(m)
+            results.append((*line, native.line(m, *line, True), native.convolve(m, weight, bias, norm=line)))
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+LAYERS = {
+    "frame": lambda: FrameConv(48, 32, 3, padding=1),
+    "volume": lambda: VolumeConv(32, 48, 3, padding=1),
+    "time": lambda: TimeConv(48, 48, 3),
+    "single pixels": lambda: FrameConv(48, 32, 1),
+    "stride": lambda: FrameConv(48, 32, 3, stride=2, padding=1),
+    "up": lambda: Up(48),
+    "norm": lambda: JointNorm(4, 48, 1e-5),
+    "block": lambda: ResBlock(48, 64, eps=1e-5, groups=4),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("frames", [1, 3])
+def test_layers_give_the_same_without_it(kind, frames, monkeypatch):
+    """Also where there is no code to compare: then it is the layers without it that training's way judges."""
+    torch.manual_seed(0)
+    layer = LAYERS[kind]()
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x = clip_of(2, layer.conv.in_channels if kind == "up" else 32 if kind == "volume" else 48, frames, 32, 36)
+    trained = lay_out(layer)(x)
+    with torch.no_grad():
+        results = [layer(x)]
+        monkeypatch.setattr(native, "KIND", None)
+        results.append(layer(x))
+    for result in results:
+        assert result.shape == trained.shape
+        nearly(result, trained.detach())
+
+
+@there
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "side", "dtype", "taken"),
+    [
+        (32, 48, 32, torch.float32, True), (32, 40, 32, torch.float32, False), (24, 32, 32, torch.float32, False),
+        (16, 32, 32, torch.float32, False), (32, 48, 31, torch.float32, False), (32, 48, 32, torch.bfloat16, False),
+    ],
+)  # fmt: skip
+def test_layers_take_it_where_it_pays(inputs, outputs, side, dtype, taken, monkeypatch):
+    called = []
+    convolve = native.convolve
+    monkeypatch.setattr(native, "convolve", lambda *given, **named: called.append(given) or convolve(*given, **named))
+    layer = FrameConv(inputs, outputs, 3, padding=1).to(dtype)
+    x = clip_of(1, inputs, 2, side, side).to(dtype)
+    with torch.no_grad():
+        layer(x)
+    assert bool(called) == taken
+    if taken:
+        called.clear()
+        layer(x).sum().backward()
+        assert not called
+
+
+def test_the_bundled_networks_give_the_same_with_it_and_without(monkeypatch):
+    models = load(locate(None), torch.float32, torch.float32)
+    torch.manual_seed(0)
+    x, low = torch.randn(1, 5, 8, 48, 64), torch.rand(1, 3, 8, 48, 64) * 2 - 1
+    with torch.inference_mode():
+        text = models.text.encode("")[None]
+
+        def results():
+            v = models.unet(x, 500, low, text, 20)
+            return v, models.video_vae.decode(x[:, :, :3], low[:, :, :3], torch.tensor([20]))
+
+        with_it = results()
+        monkeypatch.setattr(native, "KIND", None)
+        for a, b in zip(with_it, results(), strict=True):
+            assert (a - b).abs().max() < 1e-3 * b.abs().max()
+            assert (a - b).square().mean() < 1e-9 * b.square().mean()

@@ -1,0 +1,136 @@
+"""The project's own machine code for CPUs, where it was built: 3x3 convolutions in float32 with a quarter of the
+multiplications, and group normalisation.
+
+`native.cpp` is compiled when vsuav is installed, once for every kind of CPU. Without a compiler, or on another CPU,
+there is no `KIND`, and the layers do without.
+
+The convolutions are those of winograd.py, F(4x4, 3x3) of Lavin and Gray (CVPR 2016, arXiv 1509.09308), with everything
+that surrounds them: what is normalised, activated, enlarged and summed up is computed on the way, so that it never
+lies in memory. Pieces of work do not depend on the number of threads, so neither do results.
+"""
+
+import ctypes
+from ctypes import c_double, c_int64, c_void_p
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LEAST, MULTIPLE, MANY = 32, 16, 2048
+"""Channels, in and out, from which on convolutions are computed here, what they must be a multiple of, and pixels."""
+WIDE = 256
+"""Channels that are so many that more tiles are computed together, for the sake of the weights."""
+
+
+class _Convolution(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "scale", "shift", "weight", "bias", "add", "weights", "rooms", "y")),
+        *((name, c_int64) for name in ("clips", "frames", "height", "width", "inputs", "outputs", "taps", "enlarge")),
+        *((name, c_int64) for name in ("block", "by_out", "by_in", "by_tap", "by_row", "by_column")),
+        *((name, c_int64) for name in ("activate", "threads")),
+    ]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "weight", "bias", "scale", "shift")),
+        *((name, c_int64) for name in ("clips", "pixels", "channels", "groups", "threads")),
+        ("eps", c_double),
+    ]
+
+
+class _Line(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "scale", "shift", "y")),
+        *((name, c_int64) for name in ("clips", "pixels", "channels", "activate", "threads")),
+    ]
+
+
+def opened(file: Path) -> ctypes.CDLL:
+    """The functions of a compiled native.cpp; torch is loaded by now, and so is the OpenMP that both share."""
+    library = ctypes.CDLL(str(file))
+    library.room.argtypes, library.room.restype = (c_int64, c_int64), c_int64
+    return library
+
+
+def _built() -> tuple[str | None, ctypes.CDLL | None]:
+    """What the code for this CPU is called, and the code."""
+    kind = torch.backends.cpu.get_cpu_capability().lower()
+    for suffix in EXTENSION_SUFFIXES:
+        file = Path(__file__).with_name(f"_native_{kind}{suffix}")
+        if file.is_file():
+            return kind, opened(file)
+    return None, None
+
+
+KIND, _library = _built()
+"""Of CPU that the code is for, "avx2" or "avx512"; None: there is no code for this one."""
+
+
+def _at(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def takes(x: Tensor, channels: int) -> bool:
+    """Can an activation with so many channels be computed here, where no gradients are wanted?"""
+    return KIND is not None and x.device.type == "cpu" and x.dtype == torch.float32 and channels % MULTIPLE == 0
+
+
+def pays(x: Tensor, weight: Tensor) -> bool:
+    """Is it here that a 3x3 or 3x3x3 convolution of x "b c t h w" with weight "o i … 3 3" is computed fastest?"""
+    narrow, pixels = min(weight.shape[:2]), x[:, 0].numel()
+    return takes(x, weight.shape[0]) and weight.shape[1] % MULTIPLE == 0 and narrow >= LEAST and pixels >= MANY
+
+
+def convolve(
+    m: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None = None,
+    norm: tuple[Tensor, Tensor] | None = None, enlarge: int = 1,
+) -> Tensor:
+    """conv(SiLU(scale m + shift)) + bias + add, zero padding 1, of a clip in memory order "b t h w i": "b t h w o".
+
+    Args:
+        m: contiguous float32, as are all others but `weight`.
+        weight: "o i 3 3", or "o i 3 3 3", which sees the frames before and after; in any layout.
+        bias: "o".
+        add: "b t h w o", what is added to the result.
+        norm: scale and shift "b i", before which nothing is activated: without it the convolution is of m itself.
+        enlarge: by how much m is enlarged, by nearest neighbour, before it is convolved; then h and w of the result are
+            so many times as large.
+    """
+    b, t, h, w, inputs = m.shape
+    outputs, taps = len(weight), weight.shape[2] if weight.dim() == 5 else 1
+    strides = weight.stride() if weight.dim() == 5 else (*weight.stride()[:2], 0, *weight.stride()[2:])
+    scale, shift = norm or (None, None)
+    depth, threads = taps * inputs, torch.get_num_threads()
+    block = 96 if depth >= WIDE else 24
+    weights, rooms = m.new_empty(36 * outputs * depth), m.new_empty(threads * _library.room(depth, block))
+    y = m.new_empty(b, t, h * enlarge, w * enlarge, outputs)
+    _library.convolve(ctypes.byref(_Convolution(
+        _at(m), _at(scale), _at(shift), _at(weight), _at(bias), _at(add), _at(weights), _at(rooms),
+        _at(y), b, t, h, w, inputs, outputs, taps, enlarge, block, *strides, norm is not None, threads,
+    )))  # fmt: skip
+    return y
+
+
+def moments(m: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Scale and shift "b c" that normalise a clip "b t h w c" by groups over all its frames and pixels together.
+
+    float32; sums are joined in float64.
+    """
+    b, channels = len(m), m.shape[-1]
+    scale, shift = m.new_empty(b, channels), m.new_empty(b, channels)
+    _library.moments(ctypes.byref(_Norm(
+        _at(m), _at(weight), _at(bias), _at(scale), _at(shift), b, m[0, ..., 0].numel(), channels, groups,
+        torch.get_num_threads(), eps,
+    )))  # fmt: skip
+    return scale, shift
+
+
+def line(m: Tensor, scale: Tensor, shift: Tensor, act: bool) -> Tensor:
+    """scale m + shift of "b t h w c", by clip and channel "b c", followed by SiLU where `act` says so."""
+    y = torch.empty_like(m)
+    _library.line(ctypes.byref(_Line(
+        _at(m), _at(scale), _at(shift), _at(y), len(m), m[0, ..., 0].numel(), m.shape[-1], act, torch.get_num_threads(),
+    )))  # fmt: skip
+    return y
