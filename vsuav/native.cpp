@@ -26,6 +26,7 @@ namespace {
 // PANEL output channels are multiplied together, for ROWS tiles at a time: as many sums as there are registers for.
 constexpr int PANEL = 16, VECTORS = PANEL / LANES, ROWS = LANES == 16 ? 24 : 6;
 constexpr int TILE = 4, SPAN = 6, SUMS = SPAN * SPAN;
+constexpr int64_t RUN = 8;  // tiles side by side: what they read fits into the nearest cache
 
 typedef float V __attribute__((vector_size(LANES * 4)));
 typedef float Unaligned __attribute__((vector_size(LANES * 4), aligned(4)));
@@ -120,13 +121,6 @@ inline void product(const float* a, int64_t stride, const float* b, int64_t k, f
         for (int v = 0; v < VECTORS; v++) store(c + r * PANEL + v * LANES, sum[r][v]);
 }
 
-}  // namespace
-
-extern "C" {
-
-// Numbers a thread needs for itself in `convolve`.
-int64_t room(int64_t depth, int64_t block) { return SUMS * (apart(block, depth) + apart(block, PANEL)) + depth; }
-
 struct Convolution {
     const float *x, *scale, *shift, *weight, *bias, *add;
     float *weights, *rooms, *y;
@@ -134,6 +128,57 @@ struct Convolution {
     int64_t by_out, by_in, by_tap, by_row, by_column;  // strides of `weight`
     int64_t activate, threads;
 };
+
+// The sums of a run of tiles side by side, from the lines of pixels (or null) and the column where the first begins.
+// EDGE: columns may lie outside. NORMED: scale, shift and, if wanted, SiLU come before.
+template <bool EDGE, bool NORMED>
+inline void sum_up(const Convolution& c, const float* const* lines, int64_t left, int64_t run, const float* scale,
+                   const float* shift, float* to, int64_t depth, int64_t step) {
+    constexpr int LINE = PANEL / LANES;  // vectors of a line of the cache
+    const int64_t columns = c.width * c.enlarge;
+    for (int64_t ch = 0; ch < c.in; ch += PANEL) {
+        V down[LINE][SUMS];  // column by column
+        for (int64_t r = 0; r < run; r++) {
+            if (r)
+                for (int v = 0; v < LINE; v++)
+                    for (int k = 0; k < (SPAN - TILE) * SPAN; k++) down[v][k] = down[v][k + TILE * SPAN];
+            for (int j = r ? SPAN - TILE : 0; j < SPAN; j++) {
+                const int64_t column = left + r * TILE + j;
+                const bool inside = !EDGE || (0 <= column && column < columns);
+                const int64_t at = (c.enlarge == 1 ? column : column / c.enlarge) * c.in + ch;
+                for (int v = 0; v < LINE; v++) {
+                    V d[SPAN];
+                    for (int i = 0; i < SPAN; i++) {
+                        if (EDGE && !(inside && lines[i])) {
+                            d[i] = V{};
+                            continue;
+                        }
+                        d[i] = load(lines[i] + at + v * LANES);
+                        if (NORMED) {
+                            d[i] = d[i] * load(scale + ch + v * LANES) + load(shift + ch + v * LANES);
+                            if (c.activate) d[i] = silu(d[i]);
+                        }
+                    }
+                    sums(d, 1, down[v] + j * SPAN);
+                }
+            }
+            for (int i = 0; i < SPAN; i++)
+                for (int v = 0; v < LINE; v++) {
+                    V s[SPAN];
+                    sums(down[v] + i, SPAN, s);
+                    for (int j = 0; j < SPAN; j++)
+                        store(to + (i * SPAN + j) * step + r * depth + ch + v * LANES, s[j]);
+                }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Numbers a thread needs for itself in `convolve`.
+int64_t room(int64_t depth, int64_t block) { return SUMS * (apart(block, depth) + apart(block, PANEL)); }
 
 void convolve(const Convolution* given) {
     const Convolution c = *given;
@@ -147,8 +192,6 @@ void convolve(const Convolution* given) {
     {
         float* const summed = c.rooms + omp_get_thread_num() * room(depth, c.block);  // "36 tiles depth"
         float* const products = summed + SUMS * apart(c.block, depth);                // "36 tiles PANEL"
-        float* const nothing = products + SUMS * apart(c.block, PANEL);
-        std::memset(nothing, 0, c.in * sizeof(float));
 
         // `weights` "36 panels depth PANEL"
 #pragma omp for schedule(static)
@@ -174,41 +217,25 @@ void convolve(const Convolution* given) {
 #pragma omp for schedule(static)
         for (int64_t job = 0; job < blocks; job++) {
             const int64_t first = job * c.block, count = std::min(c.block, tiles - first);
-            for (int64_t t = 0; t < count; t++) {
-                const int64_t tile = first + t, frame = tile / (high * wide);
-                const int64_t top = tile / wide % high * TILE - 1, left = tile % wide * TILE - 1;
+            for (int64_t t = 0, run; t < count; t += run) {  // runs of tiles side by side share columns
+                const int64_t tile = first + t, frame = tile / (high * wide), across = tile % wide;
+                const int64_t top = tile / wide % high * TILE - 1, left = across * TILE - 1;
+                run = std::min({RUN, count - t, wide - across});
                 for (int64_t tap = 0; tap < c.taps; tap++) {
                     const int64_t there = frame % c.frames + tap - c.taps / 2;
                     const bool exists = 0 <= there && there < c.frames;
                     const float* from = c.x + (frame + tap - c.taps / 2) * c.height * c.width * c.in;
-                    const float* at[SUMS];
-                    for (int i = 0; i < SPAN; i++)
-                        for (int j = 0; j < SPAN; j++) {
-                            const int64_t row = top + i, column = left + j;
-                            const bool inside = exists && 0 <= row && row < rows && 0 <= column && column < columns;
-                            at[i * SPAN + j] = inside ? from + (row / c.enlarge * c.width + column / c.enlarge) * c.in
-                                                      : nullptr;
-                        }
-                    const int64_t clip = frame / c.frames * c.in;
-                    float* to = summed + t * depth + tap * c.in;
-                    for (int64_t ch = 0; ch < c.in; ch += LANES) {
-                        V across[SUMS], d[SPAN], s[SPAN];
-                        for (int i = 0; i < SPAN; i++) {
-                            for (int j = 0; j < SPAN; j++) {
-                                const float* p = at[i * SPAN + j];
-                                d[j] = load((p ? p : nothing) + ch);
-                                if (c.scale && p) {
-                                    d[j] = d[j] * load(c.scale + clip + ch) + load(c.shift + clip + ch);
-                                    if (c.activate) d[j] = silu(d[j]);
-                                }
-                            }
-                            sums(d, 1, across + i * SPAN);
-                        }
-                        for (int j = 0; j < SPAN; j++) {
-                            sums(across + j, SPAN, s);
-                            for (int i = 0; i < SPAN; i++) store(to + (i * SPAN + j) * apart(c.block, depth) + ch, s[i]);
-                        }
+                    const float* lines[SPAN];
+                    for (int i = 0; i < SPAN; i++) {
+                        const bool inside = exists && 0 <= top + i && top + i < rows;
+                        lines[i] = inside ? from + (top + i) / c.enlarge * c.width * c.in : nullptr;
                     }
+                    const int64_t clip = frame / c.frames * c.in;
+                    float* const to = summed + t * depth + tap * c.in;
+                    const bool edge = left < 0 || left + (run * TILE + 2) > columns || !lines[0] || !lines[SPAN - 1];
+                    const auto call = c.scale ? (edge ? sum_up<true, true> : sum_up<false, true>)
+                                              : (edge ? sum_up<true, false> : sum_up<false, false>);
+                    call(c, lines, left, run, c.scale + clip, c.shift + clip, to, depth, apart(c.block, depth));
                 }
             }
             for (int64_t panel = 0; panel < panels; panel++) {
@@ -250,7 +277,7 @@ struct Norm {
 
 void moments(const Norm* given) {
     const Norm c = *given;
-    constexpr int64_t PART = 4096, RUN = 128;  // pixels: of a piece of work, and summed in float32
+    constexpr int64_t PART = 4096, TOGETHER = 128;  // pixels: of a piece of work, and summed in float32
     const int64_t parts = (c.pixels + PART - 1) / PART, each = c.channels / c.groups;
     std::vector<double> sums(c.clips * parts * c.channels * 2);
 
@@ -259,11 +286,11 @@ void moments(const Norm* given) {
         const float* clip = c.x + job / parts * c.pixels * c.channels;
         const int64_t first = job % parts * PART, last = std::min(first + PART, c.pixels);
         double* to = sums.data() + job * c.channels * 2;
-        for (int64_t from = first; from < last; from += RUN)
+        for (int64_t from = first; from < last; from += TOGETHER)
             for (int64_t ch = 0; ch < c.channels; ch += LANES) {
                 const V pivot = load(clip + ch);  // of the order of the mean: the squares stay small
                 V sum = {}, squares = {};
-                for (int64_t p = from; p < std::min(from + RUN, last); p++) {
+                for (int64_t p = from; p < std::min(from + TOGETHER, last); p++) {
                     const V d = load(clip + p * c.channels + ch) - pivot;
                     sum += d;
                     squares += d * d;
