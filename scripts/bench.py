@@ -36,9 +36,10 @@ from export import export
 from plain import PlainDecoder, PlainUNet
 from safetensors.torch import save_file
 
+from vsuav import native
 from vsuav.checkpoint import bundled, load
 from vsuav.layers import lay_out
-from vsuav.networks import auto_dtype, choose
+from vsuav.networks import TORCH_DTYPES, auto_dtype, choose
 from vsuav.tiling import CHUNK, WINDOW
 from vsuav.unet import UNetConfig, UNetVideo
 from vsuav.vae import VAE, VAEConfig
@@ -46,7 +47,8 @@ from vsuav.vae import VAE, VAEConfig
 HERE = Path(__file__).resolve().parent
 FULL_HD = (480, 270)
 RELEASED_DECODER = VAEConfig(up_block_types=("UpDecoderBlock3D_plus",) * 3, condition_img=True)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {name: TORCH_DTYPES[name] for name in dict.fromkeys(("float32", auto_dtype("auto", "cpu")))}
+"""What networks are measured in: bfloat16 only where the CPU multiplies in it."""
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 TABLES = {
@@ -290,7 +292,7 @@ def machine(threads: int, model: Path | None) -> dict:
     return {
         "cpu": cpu, "cores": len(os.sched_getaffinity(0)), "threads": threads, "torch": torch.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(), "bfloat16": auto_dtype("auto", "cpu") == "bfloat16",
-        "load": os.getloadavg()[0], "weights": "trained" if model else "random",
+        "native": native.KIND, "load": os.getloadavg()[0], "weights": "trained" if model else "random",
     }  # fmt: skip
 
 
@@ -311,7 +313,8 @@ def markdown(results: dict) -> str:
     about = results["machine"]
     cores = "core" if about["cores"] == 1 else "cores"
     said = [
-        f"Machine: {about['cpu']}, {about['cores']} {cores}, {about['threads']} threads, {about['capability']}; "
+        f"Machine: {about['cpu']}, {about['cores']} {cores}, {about['threads']} threads, {about['capability']}, "
+        f"{'with' if about['native'] else 'without'} machine code of vsuav's own; "
         f"torch {about['torch']}; {about['weights']} weights."
     ]
     for section, rows in results["tables"].items():

@@ -118,8 +118,8 @@ def products(call: Call) -> Counter[Product]:
 def ways(product: Product, left: Tensor, right: Tensor) -> Iterator[tuple[str, Call]]:
     """The ways of computing a product, each in the memory it likes best; all give the same.
 
-    Convolutions in both memory layouts, one over time also as a 2-D one over (time, pixels), one of single pixels also
-    as a matrix product; matrix products with the right matrix in both orders, and by oneDNN's linear layer.
+    Convolutions in both memory layouts, one over time also as a 2-D one over (time, pixels), one over three frames also
+    as a 2-D one of all their channels, one of single pixels also as a matrix product; matrix products with the right matrix in both orders, and by oneDNN's linear layer.
     """
     if product.kind == "batched product":
         turned = right.transpose(1, 2).contiguous().transpose(1, 2)
@@ -143,6 +143,12 @@ def ways(product: Product, left: Tensor, right: Tensor) -> Iterator[tuple[str, C
                 x, weight = (y.contiguous(memory_format=layout) for y in (left.flatten(3), right[..., 0]))
                 planar = partial(F.conv2d, x, weight, None, product.stride[:2], product.padding[:2])
                 yield f"2-D {name}", lambda planar=planar: planar().unflatten(3, product.left[3:])
+        if left.ndim == 5 and product.right[2:] == (3, 3, 3) and (*product.stride, *product.padding) == (1,) * 6:
+            b, _, t, h, w = left.shape
+            neighbours = F.pad(left, (0, 0, 0, 0, 1, 1)).unfold(2, 3, 1).permute(0, 2, 5, 1, 3, 4)
+            x = neighbours.reshape(b * t, -1, h, w).contiguous(memory_format=torch.channels_last)
+            weight = right.transpose(1, 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
+            yield "2-D of three frames", lambda: F.conv2d(x, weight, padding=1).unflatten(0, (b, t)).movedim(2, 1)
         if prod(product.right[2:]) == prod(product.stride) == 1:
             pixels = left.movedim(1, -1).flatten(0, -2).contiguous()
             out = (product.left[0], *product.left[2:], product.right[0])

@@ -10,9 +10,6 @@
 #include <vector>
 
 #include <omp.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 namespace {
 
@@ -37,16 +34,6 @@ inline void store(float* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
 
 // Numbers from the sums of one pixel of a tile to those of the next: not a multiple of what a cache is divided into.
 inline int64_t apart(int64_t block, int64_t channels) { return block * channels + 16; }
-
-// Fresh memory comes in pages that the system clears one fault at a time: ask for large ones where a result is large.
-inline void large_pages(float* p, int64_t numbers) {
-#ifdef MADV_HUGEPAGE
-    constexpr uintptr_t page = 1 << 21;
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(p) + page - 1) / page * page;
-    const uintptr_t last = reinterpret_cast<uintptr_t>(p + numbers) / page * page;
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
 
 // e^x; the error is below two units in the last place. x is clamped to where the result is an ordinary number.
 inline V exponential(V x) {
@@ -186,7 +173,6 @@ void convolve(const Convolution* given) {
     const int64_t high = (rows + TILE - 1) / TILE, wide = (columns + TILE - 1) / TILE;
     const int64_t tiles = c.clips * c.frames * high * wide, blocks = (tiles + c.block - 1) / c.block;
     const int64_t depth = c.taps * c.in, panels = c.out / PANEL;
-    large_pages(c.y, c.clips * c.frames * rows * columns * c.out);
 
 #pragma omp parallel num_threads(c.threads)
     {
@@ -333,7 +319,6 @@ void line(const Line* given) {
     const Line c = *given;
     constexpr int64_t PART = 1024;
     const int64_t parts = (c.pixels + PART - 1) / PART;
-    large_pages(c.y, c.clips * c.pixels * c.channels);
 #pragma omp parallel for num_threads(c.threads) schedule(static)
     for (int64_t job = 0; job < c.clips * parts; job++) {
         const int64_t clip = job / parts, first = clip * c.pixels + job % parts * PART;
