@@ -18,7 +18,7 @@ vs = pytest.importorskip("vapoursynth")
 if not hasattr(vs.core, "bs"):
     pytest.skip("BestSource is not installed", allow_module_level=True)
 
-from vsuav import video  # noqa: E402
+from vsuav import native, video  # noqa: E402
 from vsuav.__main__ import app  # noqa: E402
 
 LOSSLESS = ["--", "-c:v", "ffv1"]
@@ -386,6 +386,7 @@ def test_info_names_what_is_here(run):
     assert code == 0 and said == ""
     rows = dict(line.split(maxsplit=1) for line in out.splitlines() if len(line.split()) > 1)
     assert rows["VapourSynth"].startswith("R") and "bs" in rows["plugins"] and "GiB" in rows["cpu"]
+    assert f"machine code for {native.KIND}" in rows["cpu"] or (native.KIND is None and "no machine code" in rows["cpu"])
 
 
 def test_info_counts_the_calls_a_linear_pass_makes(folder, run):

@@ -16,6 +16,7 @@ import torch
 import vapoursynth as vs
 from torch import Tensor
 
+from vsuav import native
 from vsuav.commands import found_models
 from vsuav.engine import Engine
 from vsuav.networks import Networks, auto_dtype, choose
@@ -52,7 +53,8 @@ def machine() -> list[tuple[str, str]]:
     rows.append(("ffmpeg", f"{said[2]} ({command[0]})" if len(said) > 2 else command[0]))
     rows.append(("plugins", ", ".join(sorted(plugin.namespace for plugin in vs.core.plugins()))))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    rows.append(("cpu", f"{auto_threads('auto')} threads, {_gib(memory)}, {auto_dtype('auto', 'cpu')}"))
+    own = f"machine code for {native.KIND}" if native.KIND else "no machine code of vsuav's own"
+    rows.append(("cpu", f"{auto_threads('auto')} threads, {_gib(memory)}, {auto_dtype('auto', 'cpu')}, {own}"))
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         name, memory = torch.cuda.get_device_name(i), torch.cuda.get_device_properties(i).total_memory
         rows.append((f"cuda:{i}", f"{name}, {_gib(memory)}, {auto_dtype('auto', f'cuda:{i}')}"))
