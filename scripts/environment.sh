@@ -74,5 +74,7 @@ make_environment() {
     rm .venv/vsuav-unfinished
     printf '%s\n' "$stamp" >.venv/vsuav-stamp
     exec 9>&-
+    compgen -G 'vsuav/_native_*.so' >/dev/null ||
+        say "vsuav's machine code was not compiled (that needs a C++ compiler): float32 will take twice as long"
     say "the environment is ready"
 }

@@ -90,21 +90,20 @@ inline void weight_sums(const V* g, int step, V* u) {
     u[5] = g[2 * step];
 }
 
-// c "R PANEL" = a "R k" (rows `stride` apart) times b "k PANEL"
-template <int R>
-inline void product(const float* a, int64_t stride, const float* b, int64_t k, float* c) {
-    V sum[R][VECTORS] = {};
+// c "ROWS PANEL" = a "ROWS k" times b "k PANEL"
+inline void product(const float* a, const float* b, int64_t k, float* c) {
+    V sum[ROWS][VECTORS] = {};
     for (int64_t i = 0; i < k; i++) {
         V right[VECTORS];
         for (int v = 0; v < VECTORS; v++) right[v] = load(b + i * PANEL + v * LANES);
 #pragma GCC unroll 24
-        for (int r = 0; r < R; r++) {
-            const float left = a[r * stride + i];
+        for (int r = 0; r < ROWS; r++) {
+            const float left = a[r * k + i];
             for (int v = 0; v < VECTORS; v++) sum[r][v] += left * right[v];
         }
     }
 #pragma GCC unroll 24
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < VECTORS; v++) store(c + r * PANEL + v * LANES, sum[r][v]);
 }
 
@@ -113,11 +112,11 @@ struct Convolution {
     float *weights, *rooms, *y;
     int64_t clips, frames, height, width, in, out, taps, enlarge, block;
     int64_t by_out, by_in, by_tap, by_row, by_column;  // strides of `weight`
-    int64_t activate, threads;
+    int64_t threads;
 };
 
 // The sums of a run of tiles side by side, from the lines of pixels (or null) and the column where the first begins.
-// EDGE: columns may lie outside. NORMED: scale, shift and, if wanted, SiLU come before.
+// EDGE: columns may lie outside. NORMED: scale, shift and SiLU come before.
 template <bool EDGE, bool NORMED>
 inline void sum_up(const Convolution& c, const float* const* lines, int64_t left, int64_t run, const float* scale,
                    const float* shift, float* to, int64_t depth, int64_t step) {
@@ -141,10 +140,8 @@ inline void sum_up(const Convolution& c, const float* const* lines, int64_t left
                             continue;
                         }
                         d[i] = load(lines[i] + at + v * LANES);
-                        if (NORMED) {
-                            d[i] = d[i] * load(scale + ch + v * LANES) + load(shift + ch + v * LANES);
-                            if (c.activate) d[i] = silu(d[i]);
-                        }
+                        if (NORMED)
+                            d[i] = silu(d[i] * load(scale + ch + v * LANES) + load(shift + ch + v * LANES));
                     }
                     sums(d, 1, down[v] + j * SPAN);
                 }
@@ -229,9 +226,8 @@ void convolve(const Convolution* given) {
                     const float* a = summed + k * apart(c.block, depth);
                     const float* b = c.weights + (k * panels + panel) * depth * PANEL;
                     float* m = products + k * apart(c.block, PANEL);
-                    int64_t t = 0;
-                    for (; t + ROWS <= count; t += ROWS) product<ROWS>(a + t * depth, depth, b, depth, m + t * PANEL);
-                    for (; t < count; t++) product<1>(a + t * depth, depth, b, depth, m + t * PANEL);
+                    // rows beyond the last tile hold anything; a block is a multiple of ROWS, so they have a place
+                    for (int64_t t = 0; t < count; t += ROWS) product(a + t * depth, b, depth, m + t * PANEL);
                 }
                 for (int64_t t = 0; t < count; t++) {
                     const int64_t tile = first + t, frame = tile / (high * wide);

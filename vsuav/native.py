@@ -9,6 +9,7 @@ that surrounds them: what is normalised, activated, enlarged and summed up is co
 lies in memory. Pieces of work do not depend on the number of threads, so neither do results.
 """
 
+import contextlib
 import ctypes
 from ctypes import c_double, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -19,8 +20,8 @@ from torch import Tensor
 
 LEAST, MULTIPLE, MANY = 32, 16, 2048
 """Channels, in and out, from which on convolutions are computed here, what they must be a multiple of, and pixels."""
-WIDE = 256
-"""Channels that are so many that more tiles are computed together, for the sake of the weights."""
+BLOCK, WIDE, WIDE_BLOCK = 24, 256, 96
+"""Tiles of 4x4 results computed together; more where so many numbers are summed up, for the sake of the weights."""
 
 
 class _Convolution(ctypes.Structure):
@@ -28,7 +29,7 @@ class _Convolution(ctypes.Structure):
         *((name, c_void_p) for name in ("x", "scale", "shift", "weight", "bias", "add", "weights", "rooms", "y")),
         *((name, c_int64) for name in ("clips", "frames", "height", "width", "inputs", "outputs", "taps", "enlarge")),
         *((name, c_int64) for name in ("block", "by_out", "by_in", "by_tap", "by_row", "by_column")),
-        *((name, c_int64) for name in ("activate", "threads")),
+        ("threads", c_int64),
     ]
 
 
@@ -60,7 +61,8 @@ def _built() -> tuple[str | None, ctypes.CDLL | None]:
     for suffix in EXTENSION_SUFFIXES:
         file = Path(__file__).with_name(f"_native_{kind}{suffix}")
         if file.is_file():
-            return kind, opened(file)
+            with contextlib.suppress(OSError):  # built for a system that this one is not
+                return kind, opened(file)
     return None, None
 
 
@@ -103,12 +105,12 @@ def convolve(
     strides = weight.stride() if weight.dim() == 5 else (*weight.stride()[:2], 0, *weight.stride()[2:])
     scale, shift = norm or (None, None)
     depth, threads = taps * inputs, torch.get_num_threads()
-    block = 96 if depth >= WIDE else 24
+    block = WIDE_BLOCK if depth >= WIDE else BLOCK
     weights, rooms = m.new_empty(36 * outputs * depth), m.new_empty(threads * _library.room(depth, block))
     y = m.new_empty(b, t, h * enlarge, w * enlarge, outputs)
     _library.convolve(ctypes.byref(_Convolution(
         _at(m), _at(scale), _at(shift), _at(weight), _at(bias), _at(add), _at(weights), _at(rooms),
-        _at(y), b, t, h, w, inputs, outputs, taps, enlarge, block, *strides, norm is not None, threads,
+        _at(y), b, t, h, w, inputs, outputs, taps, enlarge, block, *strides, threads,
     )))  # fmt: skip
     return y
 
