@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,20 @@ def test_bits_do_not_depend_on_threads(volume):
             results.append((*line, native.line(m, *line, True), native.convolve(m, weight, bias, norm=line)))
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+@there
+def test_calls_at_the_same_time_do_not_disturb_each_other():
+    torch.manual_seed(0)
+    weight, bias = torch.randn(32, 48, 3, 3), torch.randn(32)
+    clips = [torch.randn(1, 2, 20 + 4 * n, 30, 48) for n in range(4)]
+    alone = [native.convolve(m, weight, bias) for m in clips]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            together = list(pool.map(lambda m: native.convolve(m, weight, bias), clips))
+            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    native.unload()
+    assert torch.equal(native.convolve(clips[0], weight, bias), alone[0])
 
 
 LAYERS = {

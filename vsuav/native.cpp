@@ -185,7 +185,8 @@ inline void sum_up(const Convolution& c, const float* const* lines, int64_t left
 
 extern "C" {
 
-// Numbers a thread needs for itself in `convolve`.
+// Numbers `convolve` needs for the weights' sums, and each of its threads for itself.
+int64_t weights_room(int64_t depth, int64_t out) { return SUMS * apart(depth, out); }
 int64_t room(int64_t depth, int64_t block) { return SUMS * (apart(block, depth) + apart(block, PANEL)); }
 
 void convolve(const Convolution* given) {
@@ -193,7 +194,7 @@ void convolve(const Convolution* given) {
     const int64_t rows = c.height * c.enlarge, columns = c.width * c.enlarge;  // of the result
     const int64_t high = (rows + TILE - 1) / TILE, wide = (columns + TILE - 1) / TILE;
     const int64_t tiles = c.clips * c.frames * high * wide, blocks = (tiles + c.block - 1) / c.block;
-    const int64_t depth = c.taps * c.in, panels = c.out / PANEL;
+    const int64_t depth = c.taps * c.in, panels = c.out / PANEL, far = apart(depth, c.out);
 
 #pragma omp parallel num_threads(c.threads)
     {
@@ -215,8 +216,7 @@ void convolve(const Convolution* given) {
                     for (int k = 0; k < SPAN; k++) {
                         weight_sums(half + k, SPAN, u);
                         for (int j = 0; j < SPAN; j++)
-                            store(c.weights + (((j * SPAN + k) * panels + panel) * depth + tap * c.in + i) * PANEL +
-                                      v * LANES, u[j]);
+                            store(c.weights + (j * SPAN + k) * far + (panel * depth + tap * c.in + i) * PANEL + v * LANES, u[j]);
                     }
                 }
         }
@@ -248,7 +248,7 @@ void convolve(const Convolution* given) {
             for (int64_t panel = 0; panel < panels; panel++) {
                 for (int k = 0; k < SUMS; k++) {
                     const float* a = summed + k * apart(c.block, depth);
-                    const float* b = c.weights + (k * panels + panel) * depth * PANEL;
+                    const float* b = c.weights + k * far + panel * depth * PANEL;
                     float* m = products + k * apart(c.block, PANEL);
                     // rows beyond the last tile hold anything; a block is a multiple of ROWS, so they have a place
                     for (int64_t t = 0; t < count; t += ROWS) product(a + t * depth, b, depth, m + t * PANEL);

@@ -11,6 +11,7 @@ lies in memory. Pieces of work do not depend on the number of threads, so neithe
 
 import contextlib
 import ctypes
+from collections.abc import Iterator
 from ctypes import c_double, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -20,8 +21,9 @@ from torch import Tensor
 
 LEAST, MULTIPLE, MANY = 32, 16, 2048
 """Channels, in and out, from which on convolutions are computed here, what they must be a multiple of, and pixels."""
-BLOCK, WIDE, WIDE_BLOCK = 24, 256, 96
-"""Tiles of 4x4 results computed together; more where so many numbers are summed up, for the sake of the weights."""
+BLOCK, WIDE, MOST = 24, 256, 96
+"""Tiles of 4x4 results computed together, or a multiple of them up to `MOST` where so many numbers are summed up, for the
+sake of the weights."""
 
 
 class _Convolution(ctypes.Structure):
@@ -51,7 +53,8 @@ class _Line(ctypes.Structure):
 def opened(file: Path) -> ctypes.CDLL:
     """The functions of a compiled native.cpp; torch is loaded by now, and so is the OpenMP that both share."""
     library = ctypes.CDLL(str(file))
-    library.room.argtypes, library.room.restype = (c_int64, c_int64), c_int64
+    for function in (library.room, library.weights_room):
+        function.argtypes, function.restype = (c_int64, c_int64), c_int64
     return library
 
 
@@ -105,14 +108,41 @@ def convolve(
     strides = weight.stride() if weight.dim() == 5 else (*weight.stride()[:2], 0, *weight.stride()[2:])
     scale, shift = norm or (None, None)
     depth, threads = taps * inputs, torch.get_num_threads()
-    block = WIDE_BLOCK if depth >= WIDE else BLOCK
-    weights, rooms = m.new_empty(36 * outputs * depth), m.new_empty(threads * _library.room(depth, block))
+    block = _block(depth, b * t * -(-h * enlarge // 4) * -(-w * enlarge // 4))
+    shared, own = _library.weights_room(depth, outputs), _library.room(depth, block)
     y = m.new_empty(b, t, h * enlarge, w * enlarge, outputs)
-    _library.convolve(ctypes.byref(_Convolution(
-        _at(m), _at(scale), _at(shift), _at(weight), _at(bias), _at(add), _at(weights), _at(rooms),
-        _at(y), b, t, h, w, inputs, outputs, taps, enlarge, block, *strides, threads,
-    )))  # fmt: skip
+    with _scratch(shared + threads * own) as room:
+        _library.convolve(ctypes.byref(_Convolution(
+            _at(m), _at(scale), _at(shift), _at(weight), _at(bias), _at(add), _at(room), _at(room[shared:]), _at(y),
+            b, t, h, w, inputs, outputs, taps, enlarge, block, *strides, threads,
+        )))  # fmt: skip
     return y
+
+
+def _block(depth: int, tiles: int) -> int:
+    """Tiles computed together; where they are many, an even number of blocks of nearly the same size."""
+    blocks = 2 * -(-tiles // (2 * MOST))
+    return BLOCK if depth < WIDE else BLOCK * -(-tiles // (blocks * BLOCK))
+
+
+_spare: list[Tensor] = []
+
+
+@contextlib.contextmanager
+def _scratch(numbers: int) -> Iterator[Tensor]:
+    """Memory for the time of a call. It is kept for the next one: fresh memory costs as much as what is done in it."""
+    room = _spare.pop() if _spare else None
+    if room is None or len(room) < numbers:
+        room = torch.empty(numbers)
+    try:
+        yield room
+    finally:
+        _spare.append(room)
+
+
+def unload() -> None:
+    """Let go of the memory that is kept for calls."""
+    _spare.clear()
 
 
 def moments(m: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:

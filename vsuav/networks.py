@@ -437,6 +437,7 @@ def unload() -> None:
     """Let go of all weights that are shared between clips; clips in use keep theirs until they are freed."""
     with _models_lock:
         _models.clear()
+    native.unload()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
