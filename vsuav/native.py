@@ -22,8 +22,8 @@ from torch import Tensor
 LEAST, MULTIPLE, MANY = 32, 16, 2048
 """Channels, in and out, from which on convolutions are computed here, what they must be a multiple of, and pixels."""
 BLOCK, WIDE, MOST = 24, 256, 96
-"""Tiles of 4x4 results computed together, or a multiple of them up to `MOST` where so many numbers are summed up, for the
-sake of the weights."""
+"""Tiles of 4x4 results computed together, or a multiple of them up to `MOST` where `WIDE` numbers or more are summed up,
+for the sake of the weights."""
 
 
 class _Convolution(ctypes.Structure):
