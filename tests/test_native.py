@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 
 from vsuav import native
 from vsuav.checkpoint import load, locate
+from vsuav.engine import Engine
 from vsuav.layers import FrameConv, JointNorm, ResBlock, TimeConv, Up, VolumeConv, lay_out, memory, video
+from vsuav.networks import Networks, choose
+from vsuav.shots import Shots
+from vsuav.store import Store
 from vsuav.turns import working_threads
 
 there = pytest.mark.skipif(native.KIND is None, reason="this CPU has no machine code here, or it was not compiled")
@@ -211,6 +215,25 @@ def test_layers_take_it_where_it_pays(inputs, outputs, side, dtype, taken, monke
         called.clear()
         layer(x).sum().backward()
         assert not called
+
+
+def test_the_law_holds_for_the_bundled_model_in_float32():
+    """Blocks computed in order, and each alone from nothing, last first: the same bits, propagation and all."""
+    models, chosen = choose({"device": "cpu", "dtype": "float32", "threads": 2}, 32, 24)
+    torch.manual_seed(0)
+    sources = dict(enumerate(torch.rand(30, 3, 24, 32) * 2 - 1))
+    shots = Shots(len(sources))
+
+    def engine():
+        made = Engine(Networks(models, chosen), Store(1 << 30))
+        return lambda block: made.run(block, shots, sources)
+
+    linear = engine()
+    inline = [linear(block) for block in range(5)]
+    for block in reversed(range(5)):
+        alone = engine()(block)
+        assert alone.keys() == inline[block].keys()
+        assert all(torch.equal(picture, inline[block][n]) for n, picture in alone.items())
 
 
 def test_the_bundled_networks_give_the_same_with_it_and_without(monkeypatch):
