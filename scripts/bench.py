@@ -235,12 +235,12 @@ def predicted(unet: UNetConfig, vae: VAEConfig | None, dtype: torch.dtype, width
         network = UNetVideo(unet).to("meta", dtype)
         network.embed = lambda *_: torch.empty(1, 4 * unet.block_out_channels[0], dtype=dtype)  # it checks values
         text = network.prepare(torch.empty(2, 77, unet.cross_attention_dim))
-        x, low = (torch.empty(2, c, WINDOW, height, width, dtype=dtype) for c in (4, 3))
+        x, low = (torch.empty(2, c, WINDOW, height, width, dtype=dtype) for c in (unet.out_channels, 3))
         yield "U-Net weights", sum(p.nbytes for p in network.parameters())
         yield "U-Net activations, guided", largest(lambda: network(x, 0, low, text, 0))
         if vae is not None:
             decoder = VAE(vae)
-            z, low = (torch.empty(1, c, CHUNK, height, width) for c in (4, 3))
+            z, low = (torch.empty(1, c, CHUNK, height, width) for c in (vae.latent_channels, 3))
             yield "VAE weights, float32", sum(p.nbytes for p in decoder.parameters())
             yield "VAE activations, float32", largest(lambda: decoder.decode(z, low, torch.zeros(1, dtype=torch.long)))
 

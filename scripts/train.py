@@ -19,6 +19,9 @@ A step takes the mean gradient of the stage's "parts", batches that each may cha
 (pictures beside clips, or several clips); without them it takes one batch. A `temporal` stage with a rate for "image"
 trains the image model too, the layers it froze, but on pictures alone: on clips it stays frozen.
 
+With "again" in the stage every batch serves that many steps, mirrored and turned another way in each: where making
+batches takes longer than learning from them. With "also" it begins with parts of the networks from other stages.
+
 A step is a pure function of the weights, the optimizer and the step's number: the batch and all noise are seeded by
 (seed, stage, number of the batch, process). So a run that is stopped and resumed gives the same bits as one that was
 not. Runs on one CPU thread or, through `accelerate launch`, on many GPUs.
@@ -39,7 +42,9 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +135,11 @@ def source(path: Path) -> np.ndarray:
 class Batches(Dataset):
     """Batch k of a stage, a pure function of k: {hr "b 3 t 4h 4w", lr "b 3 t h w" in [-1, 1], prompt (b,) indices}.
 
-    The batches of step s are those from ``s * len(parts)`` on.
+    Clips also have what `flicker` wants of hr: flow "b 2 t-1 4h 4w" from each frame to the next (DIS), and steady
+    "b 1 t-1 4h 4w", 1 where it holds. Where latents are to be propagated, lr's flows there and back are forward and
+    backward "b 2 t-1 h w".
+
+    The batches of step s are those from ``s * len(parts)`` on, or from ``s // again * len(parts)`` on.
     """
 
     def __init__(self, folder: Path, stage: dict, seed: int, name: str, rank: int = 0):
@@ -139,7 +148,7 @@ class Batches(Dataset):
         self.sources = [source(folder / part["data"]) for part in self.parts]
 
     def __len__(self) -> int:
-        return self.stage["steps"] * len(self.parts)
+        return math.ceil(self.stage["steps"] / self.stage.get("again", 1)) * len(self.parts)
 
     def __getitem__(self, k: int) -> dict[str, Tensor]:
         cv2.setNumThreads(1)
@@ -172,7 +181,41 @@ class Batches(Dataset):
             lows.append(lr)
             prompts.append(PROMPTS.index(prompt))
         as_tensor = lambda parts: torch.from_numpy(np.stack(parts)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1  # noqa: E731
-        return {"hr": as_tensor(highs), "lr": as_tensor(lows), "prompt": torch.tensor(prompts)}
+        batch = {"hr": as_tensor(highs), "lr": as_tensor(lows), "prompt": torch.tensor(prompts)}
+        if count > 1 and self.stage.get("as", self.name) in ("temporal", "vae_video"):
+            batch["flow"], back = flows(batch["hr"])
+            batch["steady"] = holds(batch["flow"], back)
+            if "propagated" in self.stage:
+                batch["forward"], batch["backward"] = flows(batch["lr"])
+        return batch
+
+
+def flows(clips: Tensor) -> tuple[Tensor, Tensor]:
+    """DIS flows between the neighbouring frames of clips "b 3 t h w", there and back: "b 2 t-1 h w" each."""
+    dis = DIS()
+    pairs = [[dis(a, b) for a, b in pairwise(clip.unbind(1))] for clip in clips]
+    there, back = (torch.stack([torch.stack([pair[way] for pair in row], 1) for row in pairs]) for way in (0, 1))
+    return there, back
+
+
+def holds(there: Tensor, back: Tensor) -> Tensor:
+    """1 where the flows `there` "b 2 t h w" lead home again, else 0: "b 1 t h w"."""
+    return clip(valid(frames(there), frames(back), 0.01, 0.5), there.shape[2])
+
+
+def turned(batch: dict[str, Tensor], way: int) -> dict[str, Tensor]:
+    """A batch mirrored from left to right (`way` & 1) and from top to bottom (2), rows and columns swapped (4)."""
+    result = {}
+    for name, v in batch.items():
+        if v.dim() == 5:
+            vector = name in ("flow", "forward", "backward")
+            for bit, axis, signs in ((1, -1, (-1, 1)), (2, -2, (1, -1))):
+                if way & bit:
+                    v = v.flip(axis) * v.new_tensor(signs).view(2, 1, 1, 1) if vector else v.flip(axis)
+            if way & 4:
+                v = v.transpose(-1, -2).flip(1) if vector else v.transpose(-1, -2)
+        result[name] = v
+    return result
 
 
 class Learner(nn.Module):
@@ -253,7 +296,8 @@ class Learner(nn.Module):
         side = min(self.stage.get("decode", z.shape[-1]), z.shape[-1])
         y, x = (int(torch.randint(length - side + 1, ())) for length in z.shape[-2:])
         cut = lambda v, k: v[..., k * y : k * (y + side), k * x : k * (x + side)]  # noqa: E731
-        return cut(z, 1), {**batch, "lr": cut(batch["lr"], 1), "hr": cut(batch["hr"], 4)}
+        large = {name: cut(batch[name], 4) for name in ("hr", "flow", "steady") if name in batch}
+        return cut(z, 1), {**batch, **large, "lr": cut(batch["lr"], 1)}
 
     def predict(self, x: Tensor, timestep: Tensor | int, lr: Tensor, prompt: Tensor, level: Tensor) -> Tensor:
         return self.unet(x, timestep, lr, self.states[prompt], level).float()
@@ -340,13 +384,10 @@ class Learner(nn.Module):
         if place < 1 or estimate.shape[2] == 1 or "propagated" not in self.stage:
             return estimate
         chosen = torch.rand(len(level), device=level.device) < self.weight("propagated", NONE, level)
-        dis, results = DIS(), list(estimate)
-        for k in chosen.nonzero().flatten().tolist():
-            frames = batch["lr"][k].unbind(1)
-            pairs = [dis(a, b) for a, b in zip(frames[:-1], frames[1:], strict=True)]
-            flows = (torch.stack(way, 1)[None].to(estimate.device) for way in zip(*pairs, strict=True))
-            results[k] = propagate(estimate[k][None], *flows)[0]
-        return torch.stack(results)
+        if not chosen.any():
+            return estimate
+        moved = propagate(estimate[chosen], batch["forward"][chosen], batch["backward"][chosen])
+        return estimate.index_put((chosen,), moved.to(estimate))
 
     def picture(self, result: Tensor, batch: dict, level: Tensor, place: float = 1.0) -> dict[str, Tensor]:
         """L1 and stLPIPS weighed by the noise level. Early steps count pixels more.
@@ -393,7 +434,7 @@ class Learner(nn.Module):
     def clip_losses(self, result: Tensor, batch: dict, level: Tensor, place: float) -> dict[str, Tensor]:
         """The picture losses, and what the result changes along the flow where the truth does not."""
         losses = self.picture(result, batch, level, place)
-        losses["flicker"] = flicker(result, batch["hr"])
+        losses["flicker"] = flicker(result, batch)
         losses["loss"] = losses["loss"] + self.weight("flicker", FLICKER, level).mean() * losses["flicker"]
         return losses
 
@@ -412,17 +453,14 @@ def shortfall(result: Tensor, truth: Tensor) -> Tensor:
     return 50 + 10 * torch.log10(error.square().flatten(1).mean(1) + 1e-5)
 
 
-def flicker(result: Tensor, truth: Tensor) -> Tensor:
-    """Mean difference of `result` to its next frame warped along the truth's flow (DIS), where that flow holds."""
-    dis, total, weight = DIS(), 0.0, 0.0
-    for clip, true in zip(result, truth, strict=True):
-        for i in range(clip.shape[1] - 1):
-            there, back = (f[None].to(clip.device) for f in dis(true[:, i].cpu(), true[:, i + 1].cpu()))
-            mask = valid(there, back, 0.01, 0.5) * warp(torch.ones_like(there[:, :1]), there, "bilinear").gt(0.999)
-            difference = warp(clip[:, i + 1][None], there, "bilinear") - clip[:, i][None]
-            total = total + (difference.abs() * mask).mean()
-            weight = weight + mask.mean()
-    return total / weight.clamp(min=1e-3) if torch.is_tensor(weight) else result.sum() * 0
+def flicker(result: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Mean difference of `result` "b 3 t h w" to its next frame warped along the truth's flow, where that flow holds."""
+    if "flow" not in batch:
+        return result.sum() * 0
+    flow, steady = frames(batch["flow"]), frames(batch["steady"])
+    mask = steady * warp(torch.ones_like(steady), flow, "bilinear").gt(0.999)
+    difference = warp(frames(result[:, :, 1:]), flow, "bilinear") - frames(result[:, :, :-1])
+    return (difference.abs() * mask).mean() / mask.mean().clamp(min=1e-3)
 
 
 class Average:
@@ -435,8 +473,7 @@ class Average:
     @torch.no_grad()
     def update(self, parameters: dict[str, Tensor], step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, p in parameters.items():
-            self.values[name].lerp_(p, 1 - decay)
+        torch._foreach_lerp_(list(self.values.values()), [parameters[name] for name in self.values], 1 - decay)
 
 
 @torch.no_grad()
@@ -482,11 +519,12 @@ def share_encoder(image: dict[str, Tensor], video: dict[str, Tensor]) -> None:
 
 
 def begin(
-    config: dict, before: Path | None, data: Path, out: Path, main: bool
+    config: dict, before: Path | None, data: Path, out: Path, main: bool, also: Iterable[tuple[str, str]] = ()
 ) -> tuple[dict, dict[str, nn.Module], Tensor]:
     """The configuration, the networks and the states of `PROMPTS` that a stage starts with.
 
     before: weights file of this script, or a model folder, which then is what the configuration says of the model.
+    also: (start of names, stage): parameters that come from OUT/STAGE.pt instead of a weights file.
     """
     prompts = out / "prompts.safetensors"
     if before is not None and before.is_dir():
@@ -499,6 +537,10 @@ def begin(
         config = config | {name: saved["config"][name] for name in DESCRIBED}
     networks = build(config)
     if saved is not None:
+        for start, stage in also:
+            other = torch.load(out / f"{stage}.pt", map_location="cpu", weights_only=True)["weights"]
+            for key, weights in saved["weights"].items():
+                weights |= {n: v for n, v in other[key].items() if f"{key}.{n}".startswith(start)}
         for key, network in networks.items():
             fresh = {name: p for name, p in network.state_dict().items() if name.startswith("enlarger.")}
             network.load_state_dict(fresh | saved["weights"][key])
@@ -531,7 +573,7 @@ def train(
     accelerator = Accelerator(mixed_precision=config.get("precision", "bf16"), cpu=not torch.cuda.is_available())
     before = init or next((out / f"{s}.pt" for s in stage.get("after", []) if (out / f"{s}.pt").exists()), None)
     out.mkdir(parents=True, exist_ok=True)
-    config, networks, states = begin(config, before, data, out, accelerator.is_main_process)
+    config, networks, states = begin(config, before, data, out, accelerator.is_main_process, stage.get("also", ()))
     schedules = [Schedule.from_config(config.get(k, config["scheduler"])) for k in ("scheduler", "low_res_scheduler")]
     basis = torch.from_numpy(np.load(data / "basis.npy"))
     learner = Learner(networks, schedules[0], stage, stage.get("as", name), states, basis, schedules[1])
@@ -592,9 +634,11 @@ def train(
 
     batches = Batches(data, stage, config["seed"], name, accelerator.process_index)
     count = len(batches.parts)
+    again = stage.get("again", 1)
     order = range(start * count, (stop or stage["steps"]) * count)
+    made = range(start // again * count, math.ceil((stop or stage["steps"]) / again) * count)
     loader = DataLoader(
-        batches, batch_size=None, sampler=order, num_workers=workers, worker_init_fn=one_core,
+        batches, batch_size=None, sampler=made, num_workers=workers, worker_init_fn=one_core,
         prefetch_factor=4 if workers else None, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     log, began = [], time.time()
@@ -603,9 +647,8 @@ def train(
     if "image" in groups and not pictures[-1]:
         raise ValueError(f"train: {name} trains the image model, so pictures must be its last part, got clips")
     step = start
-    for k, batch in zip(order, loader, strict=True):
+    for k, batch in zip(order, repeated(loader, count, again, start % again, accelerator.device), strict=False):
         step, last = k // count, (k + 1) % count == 0
-        batch = {key: v.to(accelerator.device) for key, v in batch.items()}
         torch.manual_seed(seeded(config["seed"], name, k, accelerator.process_index))
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * rate(stage, step)
@@ -636,6 +679,17 @@ def train(
             if accelerator.is_main_process:
                 curves(out / f"{name}.csv")
     return save(step + 1 if len(order) else start)
+
+
+def repeated(
+    loader: Iterable[dict[str, Tensor]], count: int, again: int, done: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """The batches of every step, on the device: those of a step, `count`, serve `again` steps, the first `done` less."""
+    batches = iter(loader)
+    while group := [{key: v.to(device) for key, v in batch.items()} for batch in islice(batches, count)]:
+        for way in range(done, again):
+            yield from (turned(batch, way) for batch in group)
+        done = 0
 
 
 def record(path: Path, row: dict[str, float]) -> None:

@@ -14,7 +14,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from perceptual import LAYOUTS, MEMBER
 from safetensors.torch import save_file
-from train import LEVELS, PROMPTS, Batches, Learner, build, fill_levels, flicker, look, seeded, shortfall, tinted, train
+from train import (
+    LEVELS,
+    PROMPTS,
+    Batches,
+    Learner,
+    build,
+    fill_levels,
+    flicker,
+    flows,
+    holds,
+    look,
+    seeded,
+    shortfall,
+    tinted,
+    train,
+    turned,
+)
 
 from vsuav.checkpoint import load
 from vsuav.layers import JointNorm, VolumeConv
@@ -49,6 +65,7 @@ def config() -> dict:
                 **clips, "as": "vae_video", "parts": [{"data": "stills.npy", "batch": 2, "frames": 1}, {}],
                 "rates": {"decoder": 1e-3, "new": 1e-3},
             },
+            "again": {**clips, "as": "vae_video", "again": 3, "rates": {"decoder": 1e-3, "new": 1e-3}},
             "whole": {
                 **clips, "as": "temporal", "decode": 4, "parts": [{}, {"data": "stills.npy", "batch": 2, "frames": 1}],
                 "rates": dict.fromkeys(["unet", "image", "levels", "decoder", "enlarger"], 1e-3) | {"shares": 0.02},
@@ -85,7 +102,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return {f"{part}.{name}": value for part, state in saved.items() for name, value in state.items()}
 
 
-@pytest.mark.parametrize("stage", ["unet", "fewstep", "mixed"])
+@pytest.mark.parametrize("stage", ["unet", "fewstep", "mixed", "again"])
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(data, tmp_path, stage):
     whole = weights(train(stage, config(), data, tmp_path / "whole"))
     train(stage, config(), data, tmp_path / "broken", stop=2)
@@ -257,6 +274,7 @@ def test_the_decoder_learns_from_what_propagation_hands_it(data):
     torch.manual_seed(0)
     frame = torch.rand(1, 3, 1, 16, 16) * 2 - 1
     still = {"lr": frame.expand(3, 3, 4, 16, 16)}
+    still["forward"], still["backward"] = flows(still["lr"])
     estimate = torch.randn(3, 5, 4, 16, 16, requires_grad=True)
     levels = torch.tensor([0, 20, 60])
     a, b, c, d = estimate[1].unbind(1)
@@ -270,8 +288,9 @@ def test_the_decoder_learns_from_what_propagation_hands_it(data):
     assert estimate.grad[1].abs().amin() > 0
     assert learner.propagated(estimate, still, levels, 0.5) is estimate
     assert learner.propagated(estimate[:, :, :1], still, levels, 1.0).shape[2] == 1
+    last = {name: value[2:] for name, value in still.items()}
     often = sum(
-        not torch.equal(learner.propagated(estimate[2:], still, levels[2:], 1.0), estimate[2:]) for _ in range(100)
+        not torch.equal(learner.propagated(estimate[2:], last, levels[2:], 1.0), estimate[2:]) for _ in range(100)
     )
     assert 10 <= often <= 42
 
@@ -365,11 +384,73 @@ def test_the_latents_of_any_other_model_are_its_own_encoders(data):
     assert z.shape == (1, 4, 4, 8, 8)
 
 
+def seen(truth: torch.Tensor) -> dict[str, torch.Tensor]:
+    there, back = flows(truth)
+    return {"hr": truth, "flow": there, "steady": holds(there, back)}
+
+
 def test_flicker_sees_change_over_time_only():
     still = torch.rand(1, 3, 1, 160, 160).expand(-1, -1, 3, -1, -1).contiguous()
-    assert flicker(still, still) < 1e-6
-    assert flicker(still * 0.5 + 0.1, still) < 1e-6
-    assert flicker(still + 0.2 * torch.randn_like(still), still) > 0.1
+    batch = seen(still)
+    assert flicker(still, batch) < 1e-6
+    assert flicker(still * 0.5 + 0.1, batch) < 1e-6
+    assert flicker(still + 0.2 * torch.randn_like(still), batch) > 0.1
+    assert flicker(still[:, :, :1], {"hr": still[:, :, :1]}) == 0
+
+
+def test_flicker_follows_what_moves():
+    """A picture that moves by two pixels a frame does not flicker; one that stands still while the truth moves does."""
+    picture = torch.nn.functional.avg_pool2d(torch.rand(1, 3, 170, 170), 9, 1) * 2 - 1
+    moving = torch.stack([picture[..., :128, 2 * i : 2 * i + 128] for i in range(4)], 2)
+    batch = seen(moving)
+    assert 3 * flicker(moving, batch) < flicker(moving[:, :, :1].expand_as(moving), batch)
+
+
+@pytest.mark.parametrize("way", range(8))
+def test_a_turned_batch_is_one_of_turned_clips(way):
+    """Pictures are mirrored and turned alike, and the flows of the result are the result's own."""
+    picture = torch.nn.functional.avg_pool2d(torch.rand(1, 3, 170, 170), 9, 1) * 2 - 1
+    moving = torch.stack([picture[..., i : i + 128, 3 * i : 3 * i + 128] for i in range(3)], 2)
+    batch = {**seen(moving), "lr": torch.nn.functional.avg_pool3d(moving, (1, 4, 4)), "prompt": torch.tensor([4])}
+    result = turned(batch, way)
+    torch.testing.assert_close(result["lr"], torch.nn.functional.avg_pool3d(result["hr"], (1, 4, 4)))
+    assert torch.equal(result["hr"], moving) == (way == 0)
+    assert result["prompt"] == 4
+    error = (result["flow"] - seen(result["hr"])["flow"]).abs()[..., 16:-16, 16:-16]
+    assert error.mean() < 0.1
+    assert flicker(result["hr"], result) < 0.01
+
+
+@pytest.mark.parametrize("again", [1, 3])
+def test_a_batch_serves_as_many_steps_as_the_stage_says(data, tmp_path, monkeypatch, again):
+    settings = config()
+    settings["stages"]["mixed"] |= {"again": again, "steps": 5}
+    given = []
+    monkeypatch.setattr(Learner, "forward", lambda self, batch, step: given.append(batch) or self.nothing())
+    monkeypatch.setattr(
+        Learner, "nothing", lambda self: {"loss": sum(p.sum() for p in self.parameters() if p.requires_grad)},
+        raising=False,
+    )  # fmt: skip
+    train("mixed", settings, data, tmp_path)
+    made = Batches(data, settings["stages"]["mixed"], settings["seed"], "mixed")
+    assert len(made) == 2 * -(-5 // again) and len(given) == 10
+    for k, batch in enumerate(given):
+        step, part = divmod(k, 2)
+        expected = turned(made[step // again * 2 + part], step % again)
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+def test_a_stage_may_begin_with_parts_of_two(data, tmp_path):
+    settings = config()
+    unet, enlarger = (weights(train(stage, settings, data, tmp_path)) for stage in ("unet", "enlarger"))
+    settings["stages"]["mixed"] |= {"after": ["unet"], "also": [["vae_video.enlarger.", "enlarger"]]}
+    mixed = weights(train("mixed", settings, data, tmp_path))
+    for name, value in mixed.items():
+        if name.startswith("vae_video.enlarger."):
+            assert torch.equal(value, enlarger[name]), name
+        elif name.startswith("unet."):
+            assert torch.equal(value, unet[name]), name
+    assert any(not torch.equal(enlarger[n], unet[n]) for n in unet if n.startswith("vae_video.enlarger."))
 
 
 def test_untrained_noise_levels_lie_between_the_trained_ones():
