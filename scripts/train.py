@@ -454,7 +454,7 @@ def shortfall(result: Tensor, truth: Tensor) -> Tensor:
 
 
 def flicker(result: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Mean difference of `result` "b 3 t h w" to its next frame warped along the truth's flow, where that flow holds."""
+    """Mean difference of `result` "b 3 t h w" to its next frame warped along the truth's flow, where that holds."""
     if "flow" not in batch:
         return result.sum() * 0
     flow, steady = frames(batch["flow"]), frames(batch["steady"])
@@ -592,8 +592,8 @@ def train(
         [{"params": [parameters[n] for n in names], "base": stage["rates"][g]} for g, names in groups.items()],
         lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4,
     )  # fmt: skip
-    average = Average(trained, stage.get("ema", 0.998))
     wrapped, optimizer = accelerator.prepare(learner, optimizer)
+    average = Average(trained, stage.get("ema", 0.998))
     start, checkpoint = 0, out / f"{name}.state.pt"
     if resume and checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -684,7 +684,7 @@ def train(
 def repeated(
     loader: Iterable[dict[str, Tensor]], count: int, again: int, done: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """The batches of every step, on the device: those of a step, `count`, serve `again` steps, the first `done` less."""
+    """The batches of every step, on the device: `count` of them serve `again` steps, the first ones `done` less."""
     batches = iter(loader)
     while group := [{key: v.to(device) for key, v in batch.items()} for batch in islice(batches, count)]:
         for way in range(done, again):
@@ -730,6 +730,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="length of the stage, instead of the config's")
     parser.add_argument("--resume", action="store_true", help="go on where this stage was stopped")
     parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--workers", type=int, default=0, help="processes that make batches")
     parser.add_argument("--worker-core", type=int, help="the core the workers run on (default: anywhere)")
     args = parser.parse_args()
@@ -737,7 +738,7 @@ def main() -> None:
     config = json.loads(args.config.read_text())
     done = train(
         args.stage, config, args.data, args.out, steps=args.steps, init=args.init, resume=args.resume,
-        save_every=args.save_every, workers=args.workers, worker_core=args.worker_core,
+        log_every=args.log_every, save_every=args.save_every, workers=args.workers, worker_core=args.worker_core,
     )  # fmt: skip
     print(done)
 

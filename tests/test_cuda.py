@@ -1,6 +1,7 @@
 """The networks on a GPU: the law there, the same pictures as on the CPU, and what a full memory says."""
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 import toy
 import vapoursynth as vs
+from bench_gpu import main
 from clips import ask, clip_of, pixels
 
 from vsuav import upscale
@@ -37,7 +39,7 @@ def decibels(a: np.ndarray, b: np.ndarray) -> float:
     return -10 * np.log10(np.square(a.astype(np.float64) - b).mean() + 1e-20)
 
 
-@pytest.mark.parametrize(("preset", "dtype"), itertools.product(PRESETS, ("float16", "float32", "bfloat16")))
+@pytest.mark.parametrize(("preset", "dtype"), list(itertools.product(PRESETS, ("float16", "float32", "bfloat16"))))
 def test_the_law_on_a_gpu(preset, dtype):
     clip = clip_of(pixels(16, 24, 16))
     options = {"preset": preset, "dtype": dtype, "device": "cuda"}
@@ -102,3 +104,12 @@ def test_a_full_memory_names_a_smaller_tile():
             made.get_frame(0)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_the_bench_measures_every_part(tmp_path, capsys):
+    main(["--quick", "--size", "48x32", "--repeat", "1", "--length", "9", "--json", str(tmp_path / "b.json")])
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert len(rows) == len(PRESETS) + 5
+    for row in rows:
+        if "predicted" in row:
+            assert 0.5 < row["MiB"] / row["predicted"] < 1.5

@@ -241,6 +241,8 @@ def test_buckets():
     assert table[39].flip(0)[:10].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 8]
     assert torch.equal(table.T.triu(1) + 16 * torch.ones(40, 40, dtype=torch.long).triu(1), table.triu(1))
     assert table.max() == 31 and (table[0].diff()[1:] >= 0).all()
+    assert relative_bucket(80)[0, 32:].unique().tolist() == [31]
+    assert relative_bucket(80)[32:, 0].unique().tolist() == [15]
 
 
 # -- the whole network

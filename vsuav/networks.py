@@ -1,7 +1,7 @@
 """The networks on their device, called the way the engine needs them: one window, one decode chunk, one flow pair.
 
 Latents, noise, flows and all arithmetic between network calls live on the CPU in float32 (latents in float16 when the
-networks run in float16), so they are the same whatever the device. Only network inputs and outputs cross over.
+networks run in float16), so they are the same whatever the device. Only what networks get and give crosses over.
 """
 
 import contextlib
@@ -314,14 +314,15 @@ class Networks:
         z = torch.stack(list(latents), 1)[None].float() / self._vae.config.scaling_factor
         clean = torch.stack(list(low_res), 1)[None]
         picture = self._decode(z, clean, frames)
-        with working_threads(self.settings.threads):
+        with self._at_work(frames, *z.shape[-2:]):
             picture = picture.clamp_(-1, 1)
             if self.settings.color_fix != "none":
-                style = bicubic4(clean[0].transpose(0, 1).contiguous())
+                style = bicubic4(clean[0].transpose(0, 1).contiguous().to(picture.device))
                 picture = (adain if self.settings.color_fix == "adain" else wavelet)(picture, style)
-            return (picture / 2 + 0.5).clamp_(0, 1)
+            return (picture / 2 + 0.5).clamp_(0, 1).cpu()
 
     def _decode(self, z: Tensor, low_res: Tensor, frames: Sequence[int]) -> Tensor:
+        """The decoder's picture "t 3 4h 4w", float32, where it was made."""
         height, width = z.shape[-2:]
         rows = band_rows(height, width, self.settings.tile)
         decode = self._decoder
@@ -330,7 +331,7 @@ class Networks:
             decode = functools.partial(self._vae.decode, decoder=banded)
         level = torch.full((1,), self.settings.noise_level, device=self.device)
         decoded = self._run(decode, self._sent(z, self._decoder_dtype), self._sent(low_res), level, frames=frames)
-        return decoded[0].transpose(0, 1).float().cpu()
+        return decoded[0].transpose(0, 1).float()
 
     def _home(self, count: int, height: int, width: int) -> torch.device:
         """Where a chunk's activations lie while it is decoded in bands: on a device that holds four of the largest."""
@@ -348,24 +349,28 @@ class Networks:
 
     def _run(self, network, *inputs, frames: Sequence[int]):
         """Call `network` and refuse what is not finite; of several results the first is looked at."""
-        where = f"frames {frames[0]} to {frames[-1]}"
-        try:
-            with working_threads(self.settings.threads):
-                result = network(*inputs)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-                raise
-            height, width = inputs[0].shape[-2:]
-            smaller = max(64, min(side for side in (height, width, *self.settings.tile) if side) // 2 // 32 * 32)
-            raise NetworkError(
-                f"{self.device} has too little memory for {where} at {width}x{height}; try tile={smaller}"
-            ) from error
+        with self._at_work(frames, *inputs[0].shape[-2:]):
+            result = network(*inputs)
         first = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(first).all():
             name = str(first.dtype).removeprefix("torch.")
             advice = "another model, or a clip without NaN" if name == "float32" else "dtype='float32'"
+            where = f"frames {frames[0]} to {frames[-1]}"
             raise NetworkError(f"{where} came out not finite in {name}; try {advice}")
         return result
+
+    @contextlib.contextmanager
+    def _at_work(self, frames: Sequence[int], height: int, width: int) -> Iterator[None]:
+        """Compute with the settings' threads; a memory that is full is an error that names a smaller tile."""
+        try:
+            with working_threads(self.settings.threads):
+                yield
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            smaller = max(64, min(side for side in (height, width, *self.settings.tile) if side) // 2 // 32 * 32)
+            where = f"frames {frames[0]} to {frames[-1]} at {width}x{height}"
+            raise NetworkError(f"{self.device} has too little memory for {where}; try tile={smaller}") from error
 
     def flow(self, first: Tensor, second: Tensor) -> Tensor:
         """Flows between two frames "3 h w" in [-1, 1]: "4 h w", first forward then backward (x, y), in pixels."""

@@ -36,6 +36,7 @@ from vsuav.layers import (
 
 ROTARY_CHANNELS = 32
 BUCKETS = 32
+FARTHEST = 32
 
 
 @dataclass(frozen=True)
@@ -217,15 +218,25 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     return x
 
 
-def relative_bucket(t: int, device: torch.device | None = None) -> Tensor:
-    """Architecture 3.3: bucket of (query frame i, key frame j), "t t" integers in 0..31."""
-    half, exact, farthest = BUCKETS // 2, BUCKETS // 4, 32
-    frame = torch.arange(t, device=device)
-    distance = frame[None, :] - frame[:, None]
+def _buckets(distance: Tensor) -> Tensor:
+    """Architecture 3.3: bucket 0..31 of key frames `distance` behind the query frame, integers of any shape."""
+    half, exact = BUCKETS // 2, BUCKETS // 4
     m = distance.abs()
-    scale = (half - exact) / math.log(farthest / exact)
+    scale = (half - exact) / math.log(FARTHEST / exact)
     far = exact + (torch.log(m.clamp(min=1).float() / exact) * scale).floor().long()
     return torch.where(m < exact, m, far.clamp(max=half - 1)) + half * (distance > 0)
+
+
+_BUCKETS = _buckets(torch.arange(-FARTHEST, FARTHEST + 1, device="cpu")).tolist()
+
+
+def relative_bucket(t: int, device: torch.device | None = None) -> Tensor:
+    """Bucket of (query frame i, key frame j), "t t" integers in 0..31; all from `FARTHEST` frames on share theirs.
+
+    Numbers, not tensor arithmetic: torch's compiler trips over the latter on a GPU (torch 2.11).
+    """
+    place = lambda distance: max(-FARTHEST, min(FARTHEST, distance)) + FARTHEST  # noqa: E731
+    return torch.tensor([[_BUCKETS[place(j - i)] for j in range(t)] for i in range(t)], device=device)
 
 
 class RelativeBias(nn.Module):
