@@ -105,6 +105,10 @@ def exact_arithmetic() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = matmul
 
 
+stream_of = functools.cache(torch.cuda.Stream)
+"""The stream of all clips of a GPU: they take turns, and each stream more costs 66 MiB of cuBLAS's memory."""
+
+
 def compiled(network: Callable[..., Tensor], how: str, device: torch.device) -> Callable[..., Tensor]:
     """`network` compiled by torch for every shape by itself, which its first call with that shape takes minutes for.
 
@@ -185,7 +189,7 @@ class Networks:
         self._decoder_dtype = decoder_dtype(settings.dtype)
         self._unet.to(self.device)
         self._vae.to(self.device)
-        self._stream = None if self.device.type == "cpu" else torch.cuda.Stream(self.device)
+        self._stream = None if self.device.type == "cpu" else stream_of(settings.device)
         self._call, self._decoder = self._unet, self._vae.decode
         if settings.compile != "none":
             self._call, self._decoder = (
@@ -209,7 +213,7 @@ class Networks:
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """The context in which everything of this class, and of the engine, is to run: on a GPU a stream of its own."""
+        """The context in which everything of this class, and of the engine, is to run: on a GPU vsuav's stream."""
         with exact_arithmetic(), torch.cuda.stream(self._stream):
             yield
 
@@ -259,8 +263,7 @@ class Networks:
         clean = torch.stack(list(low_res), 1)[None]
         noise = torch.stack([self.noise("lr", n, tuple(low_res[0].shape)) for n in frames], 1)[None]
         noised = add_noise(self._schedule, clean, noise, level)
-        guided = self.settings.guided(timestep)
-        context = self._context(prompt, guided)
+        context = self._context(prompt, guided := self.settings.guided(timestep))
         height, width = sample.shape[-2:]
         cover = tiles(height, width, self.settings.tile, self.settings.tile_overlap)
         merged, kept = torch.zeros_like(sample, dtype=torch.float32), []
@@ -355,8 +358,7 @@ class Networks:
         if not torch.isfinite(first).all():
             name = str(first.dtype).removeprefix("torch.")
             advice = "another model, or a clip without NaN" if name == "float32" else "dtype='float32'"
-            where = f"frames {frames[0]} to {frames[-1]}"
-            raise NetworkError(f"{where} came out not finite in {name}; try {advice}")
+            raise NetworkError(f"frames {frames[0]} to {frames[-1]} came out not finite in {name}; try {advice}")
         return result
 
     @contextlib.contextmanager
