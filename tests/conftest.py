@@ -27,3 +27,13 @@ def seeded():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads_restored():
+    """VapourSynth's threads are for the whole process: a test that sets them puts them back."""
+    import vapoursynth as vs
+
+    before = vs.core.num_threads
+    yield
+    vs.core.num_threads = before

@@ -16,14 +16,10 @@ from vsuav import upscale
 from vsuav.networks import choose, unload
 from vsuav.settings import PRESETS
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-@pytest.fixture(autouse=True)
-def threads_restored():
-    before = vs.core.num_threads
-    yield
-    vs.core.num_threads = before
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.usefixtures("threads_restored"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ from fresh import FRESH
 from vsuav import upscale
 from vsuav.settings import DTYPES, PRESETS, Settings
 
+pytestmark = pytest.mark.usefixtures("threads_restored")
+
 THREADS = (1, 2, 8)
 PROCESSES = ("same", "fresh")
 MATRIX = list(itertools.product(ORDERS, THREADS, BUDGETS, PROCESSES))
@@ -44,13 +46,6 @@ def test_pairwise_covers_every_pair():
     assert len(chosen) < 20
     for a, b in itertools.combinations(range(4), 2):
         assert {(row[a], row[b]) for row in chosen} == {(row[a], row[b]) for row in MATRIX}
-
-
-@pytest.fixture(autouse=True)
-def threads_restored():
-    before = vs.core.num_threads
-    yield
-    vs.core.num_threads = before
 
 
 @pytest.fixture(scope="session")
