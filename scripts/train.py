@@ -527,6 +527,8 @@ def begin(
     also: (start of names, stage): parameters that come from OUT/STAGE.pt instead of a weights file.
     """
     prompts = out / "prompts.safetensors"
+    if also and (before is None or before.is_dir()):
+        raise ValueError(f"train: also needs a weights file to start from, got {before}")
     if before is not None and before.is_dir():
         described, networks, text = adopt(before)
         if main:

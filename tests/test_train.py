@@ -451,6 +451,8 @@ def test_a_stage_may_begin_with_parts_of_two(data, tmp_path):
         elif name.startswith("unet."):
             assert torch.equal(value, unet[name]), name
     assert any(not torch.equal(enlarger[n], unet[n]) for n in unet if n.startswith("vae_video.enlarger."))
+    with pytest.raises(ValueError, match="also needs a weights file to start from, got None"):
+        train("mixed", settings, data, tmp_path / "empty")
 
 
 def test_untrained_noise_levels_lie_between_the_trained_ones():

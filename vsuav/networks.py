@@ -263,7 +263,8 @@ class Networks:
         clean = torch.stack(list(low_res), 1)[None]
         noise = torch.stack([self.noise("lr", n, tuple(low_res[0].shape)) for n in frames], 1)[None]
         noised = add_noise(self._schedule, clean, noise, level)
-        context = self._context(prompt, guided := self.settings.guided(timestep))
+        guided = self.settings.guided(timestep)
+        context = self._context(prompt, guided)
         height, width = sample.shape[-2:]
         cover = tiles(height, width, self.settings.tile, self.settings.tile_overlap)
         merged, kept = torch.zeros_like(sample, dtype=torch.float32), []
@@ -325,7 +326,6 @@ class Networks:
             return (picture / 2 + 0.5).clamp_(0, 1).cpu()
 
     def _decode(self, z: Tensor, low_res: Tensor, frames: Sequence[int]) -> Tensor:
-        """The decoder's picture "t 3 4h 4w", float32, where it was made."""
         height, width = z.shape[-2:]
         rows = band_rows(height, width, self.settings.tile)
         decode = self._decoder
