@@ -661,26 +661,37 @@ def train(
             parameters[n].requires_grad_(pictures[k % count])
         with nullcontext() if last else accelerator.no_sync(wrapped):
             losses = wrapped(batch, step)
-            if not torch.isfinite(losses["loss"]):
-                raise FloatingPointError(f"train: the loss of step {step} is {losses['loss']}; resume at a lower rate")
             accelerator.backward(losses["loss"] / count)
-        log.append({key: v.item() for key, v in losses.items()})
+        log.append({key: v.detach() for key, v in losses.items()})
         if not last:
             continue
         accelerator.clip_grad_norm_([p for p in trained.values() if p.grad is not None], 1.0)
         optimizer.step()
         optimizer.zero_grad()
         average.update(trained, step)
-        if len(log) == log_every * count:
-            row = {key: sum(entry[key] for entry in log) / len(log) for key in log[0]}
+        saving = (step + 1) % save_every == 0
+        if saving or len(log) >= log_every * count:
+            finite(log, step)
+        if len(log) >= log_every * count:
+            row = {key: torch.stack([entry[key] for entry in log]).mean().item() for key in log[0]}
             if accelerator.is_main_process:
                 record(out / f"{name}.csv", {"step": step + 1, "seconds": round(time.time() - began, 1), **row})
             log = []
-        if (step + 1) % save_every == 0:
+        if saving:
             save(step + 1)
             if accelerator.is_main_process:
                 curves(out / f"{name}.csv")
+    finite(log, step)
     return save(step + 1 if len(order) else start)
+
+
+def finite(log: list[dict[str, Tensor]], step: int) -> None:
+    """Raise FloatingPointError if a loss of these batches, the last ones until `step`, is not finite.
+
+    Looked at now and then, before anything is written: a GPU would have to wait for the answer at every batch.
+    """
+    if log and not (losses := torch.stack([entry["loss"] for entry in log])).isfinite().all():
+        raise FloatingPointError(f"train: a loss before step {step + 1} is {losses.mean()}; resume at a lower rate")
 
 
 def repeated(

@@ -35,12 +35,28 @@ def link(
     back_flow  from the neighbour to the current frame
     The blend is float32, the result has the dtype of `current`.
     """
+    options = (fuse_scale, alpha1, alpha2, mode, interpolation)
+    return _link(current[None], source[None], flow[None], back_flow[None], *options)[0]
+
+
+def _link(
+    current: Tensor,
+    source: Tensor,
+    flow: Tensor,
+    back_flow: Tensor,
+    fuse_scale: float = 0.5,
+    alpha1: float = 0.001,
+    alpha2: float = 0.05,
+    mode: str = "fuse",
+    interpolation: str = "nearest",
+) -> Tensor:
+    """The same of several clips at once, "b c h w" and "b 2 h w"."""
     if mode not in ("fuse", "copy"):
         raise ValueError(f"link: mode must be fuse or copy, got {mode!r}")
-    warped = warp(source[None], flow[None], interpolation)[0]
+    warped = warp(source, flow, interpolation)
     if mode == "fuse":
         warped = (fuse_scale * warped.float() + (1 - fuse_scale) * current.float()).to(current.dtype)
-    return torch.where(valid(flow[None], back_flow[None], alpha1, alpha2)[0].bool(), warped, current)
+    return torch.where(valid(flow, back_flow, alpha1, alpha2).bool(), warped, current)
 
 
 def blend(current: Tensor, source: Tensor, origin: Tensor) -> Tensor:
@@ -67,18 +83,19 @@ def propagate(x: Tensor, forward: Tensor, backward: Tensor, **options) -> Tensor
         if tuple(flow.shape[:3]) != (x.shape[0], 2, frames - 1):
             shape = (x.shape[0], 2, frames - 1)
             raise ValueError(f"propagate: {name} must begin with the axes {shape}, got {tuple(flow.shape)}")
-    return torch.stack([_propagate_clip(*clip, options) for clip in zip(x, forward, backward, strict=True)])
-
-
-def _propagate_clip(x: Tensor, forward: Tensor, backward: Tensor, options: dict) -> Tensor:
-    """The same for one clip "c t h w"."""
-    forward, backward = (resize_flow(flow.movedim(1, 0), *x.shape[-2:]) for flow in (forward, backward))
-    values = list(x.unbind(1))
+    there, back = (_steps(flow, *x.shape[-2:]) for flow in (forward, backward))
+    values = list(x.unbind(2))
     for i in range(len(values) - 2, -1, -1):
-        values[i] = link(values[i], values[i + 1], forward[i], backward[i], **options)
+        values[i] = _link(values[i], values[i + 1], there[i], back[i], **options)
     for i in range(1, len(values)):
-        values[i] = link(values[i], values[i - 1], backward[i - 1], forward[i - 1], **options)
-    return torch.stack(values, dim=1)
+        values[i] = _link(values[i], values[i - 1], back[i - 1], there[i - 1], **options)
+    return torch.stack(values, dim=2)
+
+
+def _steps(flow: Tensor, height: int, width: int) -> list[Tensor]:
+    """Flows "b 2 t h w" on the grid of the latents, "b 2 h w" for each step."""
+    each = resize_flow(flow.movedim(2, 1).flatten(0, 1), height, width)
+    return list(each.unflatten(0, (flow.shape[0], flow.shape[2])).unbind(1))
 
 
 def backward_start(m: int, radius: int, stop: int) -> int:
