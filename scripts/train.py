@@ -715,7 +715,9 @@ def record(path: Path, row: dict[str, float]) -> None:
 
 
 def curves(path: Path) -> None:
-    """The CSV's columns over the steps, as PATH.png."""
+    """The CSV's columns over the steps, as PATH.png; nothing before its first row."""
+    if not path.exists():
+        return
     import matplotlib
 
     matplotlib.use("Agg")

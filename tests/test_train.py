@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -453,6 +454,21 @@ def test_a_stage_may_begin_with_parts_of_two(data, tmp_path):
     assert any(not torch.equal(enlarger[n], unet[n]) for n in unet if n.startswith("vae_video.enlarger."))
     with pytest.raises(ValueError, match="also needs a weights file to start from, got None"):
         train("mixed", settings, data, tmp_path / "empty")
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_written(data, tmp_path, monkeypatch):
+    real = Learner.forward
+
+    def broken(self, batch, step):
+        losses = real(self, batch, step)
+        return losses | {"loss": losses["loss"] * (math.nan if step == 3 else 1)}
+
+    train("vae_image", config(), data, tmp_path, stop=2, save_every=2)
+    kept = (tmp_path / "vae_image.pt").read_bytes()
+    monkeypatch.setattr(Learner, "forward", broken)
+    with pytest.raises(FloatingPointError, match="a loss before step 4 is nan; resume at a lower rate"):
+        train("vae_image", config(), data, tmp_path, resume=True, stop=4, save_every=2)
+    assert (tmp_path / "vae_image.pt").read_bytes() == kept
 
 
 def test_untrained_noise_levels_lie_between_the_trained_ones():
