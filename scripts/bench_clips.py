@@ -140,7 +140,7 @@ def parts(size: Size, settings: Settings) -> dict[str, Call]:
 
     return {
         "flow, one pair, both ways": lambda: dis(clip[0], clip[1]),
-        "propagation, one link": lambda: link(latents[0, :, 0], latents[0, :, 1], forward, backward),
+        "propagation, one link": lambda: link(latents[:, :, 0], latents[:, :, 1], forward[None], backward[None]),
         f"propagation, chains of {CHAIN} both ways": lambda: propagate(latents, *flows),
         "noise of one frame": lambda: frame_noise(0, "latent", 1, (4, height, width)),
         f"colour, wavelet, {CHUNK} frames": lambda: color.wavelet(content, color.bicubic4(low)),

@@ -115,11 +115,16 @@ def test_flows_must_fit_the_clip():
         propagate(x, flow, flow, mode="blend")
 
 
+def one_link(*values: torch.Tensor) -> torch.Tensor:
+    """`link` of one clip."""
+    return link(*(v[None] for v in values))[0]
+
+
 def test_half_precision_is_blended_in_float32_and_rounded_once():
     current, source = torch.randn(2, 4, 6, 7).half().unbind()
     there, back = (flow[0, :, 0] for flow in moving(2, 6, 7, 3))
-    exact = link(current.float(), source.float(), there, back)
-    assert torch.equal(link(current, source, there, back), exact.half())
+    exact = one_link(current.float(), source.float(), there, back)
+    assert torch.equal(one_link(current, source, there, back), exact.half())
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**31), st.sampled_from([0.0, 0.5, 3.0, 40.0]))
@@ -133,7 +138,7 @@ def test_known_origins_give_the_same_as_flows(height, width, seed, reach):
     there[torch.rand(there.shape, generator=generator) < 0.05] = float("nan")
     there[torch.rand(there.shape, generator=generator) < 0.05] = float("-inf")
     back = back.expand(2, height, width)
-    assert torch.equal(blend(current, source, origins(there, back)), link(current, source, there, back))
+    assert torch.equal(blend(current, source, origins(there, back)), one_link(current, source, there, back))
 
 
 def test_a_trusted_pixel_from_outside_counts_as_zero():
@@ -151,14 +156,14 @@ def truncated(x, forward, backward, radius: int, first: int) -> torch.Tensor:
     def back(i: int, start: int) -> torch.Tensor:
         if i == start:
             return x[:, i]
-        return link(x[:, i], back(i + 1, start), forward[:, i], backward[:, i])
+        return one_link(x[:, i], back(i + 1, start), forward[:, i], backward[:, i])
 
     @lru_cache(None)
     def final(i: int, start: int) -> torch.Tensor:
         current = back(i, backward_start(i + first, radius, first + frames) - first)
         if i == start:
             return current
-        return link(current, final(i - 1, start), backward[:, i - 1], forward[:, i - 1])
+        return one_link(current, final(i - 1, start), backward[:, i - 1], forward[:, i - 1])
 
     return torch.stack([final(m, forward_start(m + first, radius, first) - first) for m in range(frames)], 1)
 

@@ -29,28 +29,12 @@ def link(
     mode: str = "fuse",
     interpolation: str = "nearest",
 ) -> Tensor:
-    """One step of a chain: `current` blended with `source`, the neighbour's value, both "c h w".
+    """One step of a chain: `current` blended with `source`, the neighbour's value, both "b c h w".
 
-    flow       from the current frame to the neighbour, "2 h w" in pixels
+    flow       from the current frame to the neighbour, "b 2 h w" in pixels
     back_flow  from the neighbour to the current frame
     The blend is float32, the result has the dtype of `current`.
     """
-    options = (fuse_scale, alpha1, alpha2, mode, interpolation)
-    return _link(current[None], source[None], flow[None], back_flow[None], *options)[0]
-
-
-def _link(
-    current: Tensor,
-    source: Tensor,
-    flow: Tensor,
-    back_flow: Tensor,
-    fuse_scale: float = 0.5,
-    alpha1: float = 0.001,
-    alpha2: float = 0.05,
-    mode: str = "fuse",
-    interpolation: str = "nearest",
-) -> Tensor:
-    """The same of several clips at once, "b c h w" and "b 2 h w"."""
     if mode not in ("fuse", "copy"):
         raise ValueError(f"link: mode must be fuse or copy, got {mode!r}")
     warped = warp(source, flow, interpolation)
@@ -60,7 +44,7 @@ def _link(
 
 
 def blend(current: Tensor, source: Tensor, origin: Tensor) -> Tensor:
-    """`link` with its default options, float32, where it is known already which pixel comes from where.
+    """`link` of one clip "c h w", float32, by its default options, where it is known which pixel comes from where.
 
     origin     `flow.origins` of the current frame in the neighbour, "h w"
     """
@@ -86,9 +70,9 @@ def propagate(x: Tensor, forward: Tensor, backward: Tensor, **options) -> Tensor
     there, back = (_steps(flow, *x.shape[-2:]) for flow in (forward, backward))
     values = list(x.unbind(2))
     for i in range(len(values) - 2, -1, -1):
-        values[i] = _link(values[i], values[i + 1], there[i], back[i], **options)
+        values[i] = link(values[i], values[i + 1], there[i], back[i], **options)
     for i in range(1, len(values)):
-        values[i] = _link(values[i], values[i - 1], back[i - 1], there[i - 1], **options)
+        values[i] = link(values[i], values[i - 1], back[i - 1], there[i - 1], **options)
     return torch.stack(values, dim=2)
 
 
