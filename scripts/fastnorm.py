@@ -1,8 +1,9 @@
 """Layers with a backward pass that is quick, and right, in channels-last memory on a CPU. Same mathematics.
 
 torch's own group normalisation takes a quarter of a training step there; here statistics and parameter gradients are
-float32 (a GPU has torch's, one kernel where these are thirty). Its 3-D convolution in bfloat16 now and then gives weight gradients out of uninitialised memory (1e17, seen
-with torch 2.15); here it is one 2-D convolution whose results are added over time.
+float32. (A GPU keeps torch's: one kernel, where these are thirty.) Its 3-D convolution in bfloat16 now and then gives
+weight gradients out of uninitialised memory (1e17, seen with torch 2.15); here it is one 2-D convolution whose results
+are added over time.
 """
 
 import torch
