@@ -94,7 +94,8 @@ def truncated(x0, flows, a, radius):
         value = values[start - a]
         for i in range(start + way, m + way, way):
             pair = flows[min(i, i - way) - a].split(2)
-            value = link(values[i - a], value, *(pair if way < 0 else pair[::-1]))
+            given = (values[i - a], value, *(pair if way < 0 else pair[::-1]))
+            value = link(*(v[None] for v in given))[0]
         return value
 
     back = torch.stack([chain(x0, m, backward_start(m, radius, b), -1) for m in range(a, b)])
