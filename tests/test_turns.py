@@ -7,7 +7,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from vsuav.turns import NEIGHBOURS, Cancelled, Job, Worker, next_job
+from vsuav import turns
+from vsuav.turns import JOBS, NEIGHBOURS, Cancelled, Job, Worker, next_job
 
 
 def job(owner, position, arrival):
@@ -130,6 +131,24 @@ def test_stopping_fails_what_waits_and_a_later_job_starts_anew():
     first.join()
     assert len(errors) == 1
     assert worker.run(lambda: "again") == "again"
+    worker.stop()
+
+
+def test_memory_is_given_back_after_so_many_jobs_and_when_there_are_none(monkeypatch):
+    given, done, idle = [], [], threading.Event()
+    monkeypatch.setattr(turns, "IDLE", 600)
+    monkeypatch.setattr(turns, "give_back_memory", lambda: (given.append(len(done)), idle.set()))
+    worker = Worker("test")
+    for i in range(2 * JOBS + 3):
+        worker.run(lambda i=i: done.append(i))
+    worker.stop()
+    assert given == [JOBS, 2 * JOBS]
+    idle.clear()
+    monkeypatch.setattr(turns, "IDLE", 0.05)
+    worker.run(lambda: done.append(None))
+    assert idle.wait(30) and given[2:] == [2 * JOBS + 4]
+    time.sleep(0.3)
+    assert len(given) == 3  # once, and not again
     worker.stop()
 
 

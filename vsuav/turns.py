@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+JOBS, IDLE = 8, 1.0
+"""Jobs after which a worker gives free memory back, and seconds without one. Fetching it again takes a twentieth of a
+job's time."""
 NEIGHBOURS = 16
 """Requests of one clip whose positions lie this close belong to one run through it."""
 
@@ -101,20 +104,26 @@ class Worker:
             thread.join()
 
     def _loop(self) -> None:
+        mine, done = threading.current_thread(), 0  # jobs since memory was given back
         while True:
             with self._condition:
-                while not self._waiting and self._thread is threading.current_thread():
-                    self._condition.wait()
-                if self._thread is not threading.current_thread():
+                ready = lambda: bool(self._waiting) or self._thread is not mine  # noqa: E731
+                asked = self._condition.wait_for(ready, IDLE if done else None)
+                if self._thread is not mine:
                     return
-                job = next_job(self._waiting)
-                self._waiting.remove(job)
-            try:
-                job.result.set_result(job.run())
-            except BaseException as error:
-                job.result.set_exception(error)
-            del job
-            give_back_memory()
+                if asked:
+                    job = next_job(self._waiting)
+                    self._waiting.remove(job)
+            if asked:
+                try:
+                    job.result.set_result(job.run())
+                except BaseException as error:
+                    job.result.set_exception(error)
+                del job
+                done += 1
+            if not asked or done == JOBS:
+                give_back_memory()
+                done = 0
 
 
 def give_back_memory() -> None:
