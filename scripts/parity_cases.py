@@ -233,7 +233,7 @@ def colors(file: ParityFile) -> Iterator[Case]:
 
     def correct(compare: Comparison, clip: str) -> None:
         content, low_res = file.take(f"in.{clip}.content"), file.take(f"in.{clip}.lr")
-        style = color.bicubic4(low_res)
+        style = color.bicubic(low_res, 4)
         compare(f"{clip}.style", style, noise=True)
         compare(f"{clip}.adain", color.adain(content, style), noise=True)
         compare(f"{clip}.wavelet", color.wavelet(content, style), noise=True)

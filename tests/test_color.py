@@ -4,11 +4,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from vsuav.color import adain, bicubic4, wavelet
+from vsuav.color import adain, bicubic, wavelet
 
 
 def blurred(x: np.ndarray) -> np.ndarray:
@@ -70,6 +71,14 @@ def test_frames_are_corrected_alone():
 def test_the_style_is_opencvs_bicubic_enlargement():
     frame = torch.rand(1, 3, 9, 11)
     expected = cv2.resize(frame[0].permute(1, 2, 0).numpy(), (44, 36), interpolation=cv2.INTER_CUBIC)
-    style = bicubic4(frame)
+    style = bicubic(frame, 4)
     assert style.shape == (1, 3, 36, 44)
     torch.testing.assert_close(style[0].permute(1, 2, 0), torch.from_numpy(expected), atol=2e-5, rtol=0)
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.sampled_from([1, 2, 4, 8]))
+def test_bicubic_enlargement_is_torchs_at_every_size(height, width, times):
+    x = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(height * width))
+    expected = F.interpolate(x.double(), scale_factor=times, mode="bicubic", align_corners=False)
+    for laid_out in (x, x.contiguous(memory_format=torch.channels_last)):
+        torch.testing.assert_close(bicubic(laid_out, times).double(), expected, atol=3e-6, rtol=0)

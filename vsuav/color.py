@@ -1,8 +1,10 @@
 """Colour correction: the restored frame keeps its detail and takes the colours of its low-resolution source.
 
 Frames are "n 3 H W", float32, in about [-1, 1]; every frame is treated alone. `style` is the source enlarged to the
-size of `content` (`bicubic4`).
+size of `content` (`bicubic`).
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +13,32 @@ from torch import Tensor
 LEVELS = 5  # the coarsest blur reaches 1 + 2 + 4 + 8 + 16 = 31 pixels
 
 
-def bicubic4(low_res: Tensor) -> Tensor:
-    """Enlarge "n 3 h w" to "n 3 4h 4w": cubic with a = -0.75, corners not aligned, no antialiasing, not clamped."""
-    size = (4 * low_res.shape[-2], 4 * low_res.shape[-1])
-    return F.interpolate(low_res.float(), size=size, mode="bicubic", align_corners=False)
+def bicubic(x: Tensor, times: int) -> Tensor:
+    """Enlarge "n c h w" `times`: cubic with a = -0.75, corners not aligned, no antialiasing, not clamped; float32."""
+    x = _stretched(x.float(), times, -1)
+    return _stretched(x, times, -2)
+
+
+def _stretched(x: Tensor, times: int, axis: int) -> Tensor:
+    """x enlarged along one of its last two axes; every phase is a sum of four neighbours, edges replicated."""
+    length = x.shape[axis]
+    padded = F.pad(x, [2, 2, 0, 0] if axis == -1 else [0, 0, 2, 2], mode="replicate")
+    phases = []
+    for phase in range(times):
+        place = (phase + 0.5) / times + 1.5
+        first = math.floor(place) - 1
+        taps = [(padded.narrow(axis, first + j, length), _cubic(place - first - j)) for j in range(4)]
+        total = taps[0][0] * taps[0][1]
+        for part, weight in taps[1:]:
+            total.add_(part, alpha=weight)
+        phases.append(total)
+    return torch.stack(phases, dim=axis).flatten(axis - 1, axis)
+
+
+def _cubic(distance: float, a: float = -0.75) -> float:
+    """The weight of a neighbour so far away (Keys 1981)."""
+    d = abs(distance)
+    return ((a + 2) * d - (a + 3)) * d * d + 1 if d <= 1 else ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
 
 
 def adain(content: Tensor, style: Tensor) -> Tensor:
@@ -35,17 +59,24 @@ def wavelet(content: Tensor, style: Tensor) -> Tensor:
 
     content - low(content) + low(style), where low is linear and therefore computed once, of the difference.
     """
-    return content + _low(style - content)
+    return _low(style - content).add_(content)
 
 
 def _low(x: Tensor) -> Tensor:
-    """What is left of x after blurring with [1 2 1] x [1 2 1] / 16 at dilations 1, 2, 4, 8, 16, edges replicated."""
+    """What is left of x after blurring with [1 2 1] x [1 2 1] / 16 at dilations 1, 2, 4, 8, 16, edges replicated.
+
+    x is used up: two tensors in turns, since fresh memory costs more than the sums.
+    """
+    blurred = torch.empty_like(x)
     for level in range(LEVELS):
-        dilation = 2**level
         for axis in (-1, -2):
-            pads = [dilation, dilation, 0, 0] if axis == -1 else [0, 0, dilation, dilation]
-            padded = F.pad(x, pads, mode="replicate")
             length = x.shape[axis]
-            x = padded.narrow(axis, 0, length) + padded.narrow(axis, 2 * dilation, length)
-            x.add_(padded.narrow(axis, dilation, length), alpha=2)
-    return x * 16.0**-LEVELS
+            reach = min(2**level, length)
+            torch.mul(x, 2, out=blurred)
+            rest = length - reach
+            blurred.narrow(axis, reach, rest).add_(x.narrow(axis, 0, rest))
+            blurred.narrow(axis, 0, reach).add_(x.narrow(axis, 0, 1))
+            blurred.narrow(axis, 0, rest).add_(x.narrow(axis, reach, rest))
+            blurred.narrow(axis, rest, reach).add_(x.narrow(axis, length - 1, 1))
+            x, blurred = blurred, x
+    return x.mul_(16.0**-LEVELS)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vsuav.color import bicubic
 from vsuav.enlarger import Enlarger
 from vsuav.layers import (
     Down,
@@ -325,8 +326,7 @@ class VAE(nn.Module):
         if self.config.enlarger_channels:
             x = self.enlarger.mixed(x, self._enter(low_res), level)
         if self.config.bicubic_skip:
-            skip = F.interpolate(frames(low_res), scale_factor=self.config.factor, mode="bicubic", align_corners=False)
-            x = x + clip(skip, z.shape[2]).to(x)
+            x = x + clip(bicubic(frames(low_res), self.config.factor), z.shape[2]).to(x)
         return without_colour(x, z[:, -1:]) if self.config.fading else x
 
 
