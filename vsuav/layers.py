@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vsuav import native, winograd
+from vsuav import buffers, native, winograd
 
 
 def memory(x: Tensor) -> Tensor:
@@ -63,7 +63,11 @@ def untokens(z: Tensor, like: Tensor) -> Tensor:
 
 def concat(a: Tensor, b: Tensor) -> Tensor:
     """Concatenation on channels, done in memory order (one straight copy per pixel)."""
-    return video(torch.cat([memory(a), memory(b)], dim=-1))
+    a, b = memory(a), memory(b)
+    kept = a.device.type == "cpu" and a.dtype == b.dtype and not torch.is_grad_enabled()
+    shape = *a.shape[:-1], a.shape[-1] + b.shape[-1]
+    out = buffers.empty(shape, a.dtype) if kept and not torch.compiler.is_compiling() else None
+    return video(torch.cat([a, b], dim=-1, out=out))
 
 
 def _fused_dtypes() -> set[torch.dtype]:

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vsuav import buffers
+
 LEAST, MULTIPLE, MANY = 32, 16, 2048
 """Channels, in and out, from which on convolutions are computed here, what they must be a multiple of, and pixels."""
 BLOCK, WIDE, MOST = 24, 256, 96
@@ -110,7 +112,7 @@ def convolve(
     depth, threads = taps * inputs, torch.get_num_threads()
     block = _block(depth, b * t * -(-h * enlarge // 4) * -(-w * enlarge // 4))
     shared, own = _library.weights_room(depth, outputs), _library.room(depth, block)
-    y = m.new_empty(b, t, h * enlarge, w * enlarge, outputs)
+    y = buffers.empty((b, t, h * enlarge, w * enlarge, outputs), m.dtype)
     with _scratch(shared + threads * own) as room:
         _library.convolve(ctypes.byref(_Convolution(
             _at(m), _at(scale), _at(shift), _at(weight), _at(bias), _at(add), _at(room), _at(room[shared:]), _at(y),
@@ -141,8 +143,9 @@ def _scratch(numbers: int) -> Iterator[Tensor]:
 
 
 def unload() -> None:
-    """Let go of the memory that is kept for calls."""
+    """Let go of the memory that is kept for calls and results."""
     _spare.clear()
+    buffers.let_go()
 
 
 def moments(m: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -161,7 +164,7 @@ def moments(m: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) ->
 
 def line(m: Tensor, scale: Tensor, shift: Tensor, act: bool) -> Tensor:
     """scale m + shift of "b t h w c", by clip and channel "b c", followed by SiLU where `act` says so."""
-    y = torch.empty_like(m)
+    y = buffers.empty(m.shape, m.dtype)
     _library.line(ctypes.byref(_Line(
         _at(m), _at(scale), _at(shift), _at(y), len(m), m[0, ..., 0].numel(), m.shape[-1], act, torch.get_num_threads(),
     )))  # fmt: skip

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from vsuav import buffers
+
 JOBS, IDLE = 8, 1.0
 """Jobs after which a worker gives free memory back, and seconds without one. Fetching it again takes a twentieth of a
 job's time."""
@@ -128,6 +130,7 @@ class Worker:
 
 def give_back_memory() -> None:
     """Let glibc return free pages to the system; else frames and latents of all sizes leave ever more holes behind."""
+    buffers.let_go()
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,0 +1,40 @@
+"""Memory for the large results of networks on a CPU, used again once nobody holds the result any more.
+
+Fresh memory of tens of megabytes takes the system as long to fetch, page by page, as many a network's layer takes to fill.
+"""
+
+import math
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LARGE = 1 << 20
+"""Bytes from which on memory is kept: of smaller pieces the C library takes care."""
+ALIGNED = 64
+
+_spare: dict[int, list[np.ndarray]] = {}
+"""Size in bytes -> what nobody holds. Threads only append and pop, each of which is one step."""
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor on the CPU that holds anything, as `torch.empty`."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < LARGE:
+        return torch.empty(shape, dtype=dtype)
+    spare = _spare.setdefault(size, [])
+    try:
+        room = spare.pop()
+    except IndexError:
+        room = np.empty(size + ALIGNED, np.uint8)
+        room = room[-room.ctypes.data % ALIGNED :][:size]
+    held = room[:]  # the tensor's memory, and all that share it, hold this and nothing else does
+    weakref.finalize(held, spare.append, room).atexit = False
+    return torch.from_numpy(held).view(dtype).view(shape)
+
+
+def let_go() -> None:
+    """Free what nobody holds."""
+    _spare.clear()
