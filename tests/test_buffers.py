@@ -66,6 +66,17 @@ def test_what_is_let_go_leaves_the_living_alone():
     assert not buffers._spare
 
 
+def test_sizes_that_are_no_longer_asked_for_are_freed():
+    buffers.tidy()
+    one, two = (buffers.empty((numbers,), torch.float32) for numbers in (NUMBERS, 2 * NUMBERS))
+    del one, two
+    buffers.tidy()
+    assert {size: len(rooms) for size, rooms in buffers._spare.items()} == {4 * NUMBERS: 1, 8 * NUMBERS: 1}
+    buffers.empty((NUMBERS,), torch.float32)
+    buffers.tidy()
+    assert {size: len(rooms) for size, rooms in buffers._spare.items()} == {4 * NUMBERS: 1}
+
+
 def test_threads_do_not_share():
     wrong = []
 

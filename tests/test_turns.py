@@ -135,18 +135,18 @@ def test_stopping_fails_what_waits_and_a_later_job_starts_anew():
 
 
 def test_memory_is_given_back_after_so_many_jobs_and_when_there_are_none(monkeypatch):
-    given, done, idle = [], [], threading.Event()
+    given, done, told = [], [], threading.Event()
     monkeypatch.setattr(turns, "IDLE", 600)
-    monkeypatch.setattr(turns, "give_back_memory", lambda: (given.append(len(done)), idle.set()))
+    monkeypatch.setattr(turns, "give_back_memory", lambda idle: (given.append((len(done), idle)), told.set()))
     worker = Worker("test")
     for i in range(2 * JOBS + 3):
         worker.run(lambda i=i: done.append(i))
     worker.stop()
-    assert given == [JOBS, 2 * JOBS]
-    idle.clear()
+    assert given == [(JOBS, False), (2 * JOBS, False)]
+    told.clear()
     monkeypatch.setattr(turns, "IDLE", 0.05)
     worker.run(lambda: done.append(None))
-    assert idle.wait(30) and given[2:] == [2 * JOBS + 4]
+    assert told.wait(30) and given[2:] == [(2 * JOBS + 4, True)]
     time.sleep(0.3)
     assert len(given) == 3  # once, and not again
     worker.stop()

@@ -17,6 +17,8 @@ ALIGNED = 64
 
 _spare: dict[int, list[np.ndarray]] = {}
 """Size in bytes -> what nobody holds. Threads only append and pop, each of which is one step."""
+_asked: set[int] = set()
+"""Sizes asked for since `tidy`."""
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -24,6 +26,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE:
         return torch.empty(shape, dtype=dtype)
+    _asked.add(size)
     spare = _spare.setdefault(size, [])
     try:
         room = spare.pop()
@@ -33,6 +36,13 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     held = room[:]  # the tensor's memory, and all that share it, hold this and nothing else does
     weakref.finalize(held, spare.append, room).atexit = False
     return torch.from_numpy(held).view(dtype).view(shape)
+
+
+def tidy() -> None:
+    """Free what nobody holds of sizes that nobody asked for since the last time: those of a clip that has ended."""
+    for size in _spare.keys() - _asked:
+        _spare.pop(size, None)
+    _asked.clear()
 
 
 def let_go() -> None:

@@ -124,13 +124,13 @@ class Worker:
                 del job
                 done += 1
             if not asked or done == JOBS:
-                give_back_memory()
+                give_back_memory(idle=not asked)
                 done = 0
 
 
-def give_back_memory() -> None:
+def give_back_memory(idle: bool) -> None:
     """Let glibc return free pages to the system; else frames and latents of all sizes leave ever more holes behind."""
-    buffers.let_go()
+    (buffers.let_go if idle else buffers.tidy)()
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
