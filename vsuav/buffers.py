@@ -1,6 +1,6 @@
 """Memory for the large results of networks on a CPU, used again once nobody holds the result any more.
 
-Fresh memory of tens of megabytes takes the system as long to fetch, page by page, as many a network's layer takes to fill.
+The system fetches fresh memory page by page; for tens of megabytes that takes longer than many a layer's sums.
 """
 
 import math

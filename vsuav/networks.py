@@ -355,7 +355,7 @@ class Networks:
         with self._at_work(frames, *inputs[0].shape[-2:]):
             result = network(*inputs)
         first = result[0] if isinstance(result, tuple) else result
-        if not torch.isfinite(first.sum(dtype=torch.float32)):  # half the memory of asking every value
+        if not torch.isfinite(first.sum(dtype=torch.float32)):  # one pass; asking every value takes three
             name = str(first.dtype).removeprefix("torch.")
             advice = "another model, or a clip without NaN" if name == "float32" else "dtype='float32'"
             raise NetworkError(f"frames {frames[0]} to {frames[-1]} came out not finite in {name}; try {advice}")
