@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vsuav.disk import FILE, Disk
+from vsuav.disk import FILE, Disk, program
 
 ROOM = 1 << 40
 
@@ -145,6 +145,19 @@ def test_damage_while_it_is_open_is_survived(tmp_path):
             disk.put(name(i), latent(i))
     disk.close()
     assert torch.equal(Disk(tmp_path, ROOM).get(name(5)), latent(5))
+
+
+@pytest.mark.parametrize("change", ["a.py", "b.so", "new.py"])
+def test_another_program_has_other_names(tmp_path, change):
+    folders = [tmp_path / name for name in ("one", "same", "other")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "a.py").write_text("x = 1")
+        (folder / "b.so").write_bytes(b"machine code")
+    with (folders[2] / change).open("a") as file:
+        file.write("more")
+    one, same, other = map(program, folders)
+    assert one == same != other
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):

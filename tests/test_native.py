@@ -28,8 +28,8 @@ def clip_of(b, c, t, h, w):
     return torch.randn(b, c, t, h, w).contiguous(memory_format=torch.channels_last_3d)
 
 
-def nearly(result, truth, share=1.5e-5):
-    """Within a share of the largest value: what sums with factors up to 8 cost in float32."""
+def nearly(result, truth, share=4e-5):
+    """Within a share of the largest value: what sums with factors up to 32 cost in float32."""
     assert (result - truth).abs().max() <= share * max(1.0, truth.abs().max().item())
 
 
@@ -62,7 +62,7 @@ def library(request, tmp_path_factory):
 @there
 @settings(max_examples=80, deadline=None)
 @given(
-    b=st.integers(1, 2), t=st.integers(1, 4), h=st.integers(1, 11), w=st.integers(1, 11),
+    b=st.integers(1, 2), t=st.integers(1, 7), h=st.integers(1, 15), w=st.integers(1, 15),
     inputs=st.sampled_from([16, 32, 48]), outputs=st.sampled_from([16, 32]), volume=st.booleans(), added=st.booleans(),
     normed=st.booleans(), enlarge=st.sampled_from([1, 2]), columns_first=st.booleans(), seed=st.integers(0, 9),
 )  # fmt: skip
@@ -86,14 +86,15 @@ def test_convolutions_of_any_size(
 
 
 @there
-def test_many_channels_and_many_blocks(library, monkeypatch):
+@pytest.mark.parametrize("inputs", [48, 272], ids=["tiles of 6", "tiles of 4"])
+@pytest.mark.parametrize("volume", [False, True])
+def test_many_channels_and_many_blocks(library, monkeypatch, inputs, volume):
     monkeypatch.setattr(native, "_library", library)
     torch.manual_seed(0)
-    m, weight, bias = torch.randn(1, 2, 45, 50, 272), torch.randn(64, 272, 3, 3) / 50, torch.randn(64)
-    truth = exact(m, weight, bias)
-    ours = (native.convolve(m, weight, bias) - truth).square().mean().sqrt()
-    theirs = (memory(F.conv3d(video(m), weight[:, :, None], bias, padding=(0, 1, 1))) - truth).square().mean().sqrt()
-    assert ours < 5e-6 and ours < 10 * theirs
+    m, bias = torch.randn(1, 5, 45, 50, inputs), torch.randn(64)
+    weight = torch.randn(64, inputs, *[3] * (2 + volume)) / (9 * inputs) ** 0.5
+    ours = (native.convolve(m, weight, bias) - exact(m, weight, bias)).square().mean().sqrt()
+    assert ours < 1e-5  # of results of the size of 1 to 2
 
 
 @there

@@ -5,6 +5,7 @@ all. A latent whose checksum does not fit, or a database that cannot be read, is
 """
 
 import contextlib
+import functools
 import json
 import sqlite3
 import threading
@@ -26,6 +27,13 @@ TABLES = (
 )
 """The bytes lie apart, so that noting a use or adding up sizes touches none of them."""
 DTYPES = {"float32": np.float32, "float16": np.float16}
+
+
+@functools.cache
+def program(folder: Path = Path(__file__).parent) -> bytes:
+    """A digest of vsuav's own files, which decide a latent's bits as its weights do: part of every name."""
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return blake2b(b"".join(blake2b(file.name.encode() + file.read_bytes()).digest() for file in files)).digest()
 
 
 class Disk:

@@ -14,7 +14,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from vsuav.disk import Disk
+from vsuav.disk import Disk, program
 from vsuav.ensemble import Orientation, averaged
 from vsuav.flow import origins
 from vsuav.networks import Networks
@@ -169,7 +169,7 @@ class Engine:
         """Name of a final latent on disk: a digest of everything its bits depend on."""
         first, last = cone(frame, self.networks.recipe, shots)
         ends = (shots.cut(first), shots.cut(last + 1))
-        name = blake2b(digest_size=20)
+        name = blake2b(program(), digest_size=20)
         for text in (self.networks.digest, shots.prompt(frame)):
             name.update(struct.pack("<q", len(text.encode())) + text.encode())
         name.update(struct.pack("<qqq??", frame, first, last, *ends))

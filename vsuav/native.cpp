@@ -22,9 +22,9 @@ namespace {
 #endif
 #endif
 // PANEL output channels are multiplied together, for ROWS tiles at a time: as many sums as there are registers for.
-constexpr int PANEL = 16, VECTORS = PANEL / LANES, ROWS = LANES == 16 ? 24 : 6;
-constexpr int TILE = 4, SPAN = 6, SUMS = SPAN * SPAN;
-constexpr int64_t RUN = 8;  // tiles side by side: what they read fits into the nearest cache
+constexpr int PANEL = 16, VECTORS = PANEL / LANES, ROWS = LANES == 16 ? 12 : 6;
+constexpr int64_t RUN = 8;   // tiles side by side: what they read fits into the nearest cache
+constexpr int64_t DEEP = 3;  // frames of a convolution over three whose results are computed together
 
 typedef float V __attribute__((vector_size(LANES * 4)));
 typedef float Unaligned __attribute__((vector_size(LANES * 4), aligned(4)));
@@ -83,51 +83,102 @@ inline void silu(V& a, V& b) {
     b *= both * grown_a;
 }
 
-// The sums of Winograd's F(4, 3), as vsuav/winograd.py has them.
-inline void sums(const V* d, int step, V* s) {
-    const V d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
-    V near = d4 - d2, far = d3 - d1;
-    s[0] = near + 4 * (d0 - d2);
-    s[5] = (d5 - d3) - 4 * far;
-    s[3] = near + 2 * far;
-    s[4] = near - 2 * far;
-    near = d4 - 4 * d2;
-    far = d3 - 4 * d1;
-    s[1] = near + far;
-    s[2] = near - far;
-}
+// Winograd's F(TILE, 3): SPAN numbers become as many sums, those of three weights likewise; their products, TILE results.
+template <int TILE>
+struct Winograd;
 
-inline void results(const V* m, int step, V* r) {
-    const V even = m[step] + m[2 * step], odd = m[step] - m[2 * step];
-    const V twice = m[3 * step] + m[4 * step], half = m[3 * step] - m[4 * step];
-    r[0] = even + twice + m[0];
-    r[1] = odd + 2 * half;
-    r[2] = even + 4 * twice;
-    r[3] = odd + 8 * half + m[5 * step];
-}
-
-inline void weight_sums(const V* g, int step, V* u) {
-    const V outer = g[0] + g[2 * step], rising = g[0] + 4 * g[2 * step];
-    u[0] = g[0] * 0.25f;
-    u[1] = (outer + g[step]) * (-1.0f / 6);
-    u[2] = (outer - g[step]) * (-1.0f / 6);
-    u[3] = (rising + 2 * g[step]) * (1.0f / 24);
-    u[4] = (rising - 2 * g[step]) * (1.0f / 24);
-    u[5] = g[2 * step];
-}
-
-// c "ROWS PANEL" = a "ROWS k" times b "k PANEL"
-inline void product(const float* a, const float* b, int64_t k, float* c) {
-    V sum[ROWS][VECTORS] = {};
-    for (int64_t i = 0; i < k; i++) {
-        V right[VECTORS];
-        for (int v = 0; v < VECTORS; v++) right[v] = load(b + i * PANEL + v * LANES);
-#pragma GCC unroll 24
-        for (int r = 0; r < ROWS; r++) {
-            const float left = a[r * k + i];
-            for (int v = 0; v < VECTORS; v++) sum[r][v] += left * right[v];
-        }
+template <>
+struct Winograd<4> {  // as vsuav/winograd.py has it
+    static void sums(const V* d, int step, V* s) {
+        const V d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
+        V near = d4 - d2, far = d3 - d1;
+        s[0] = near + 4 * (d0 - d2);
+        s[5] = (d5 - d3) - 4 * far;
+        s[3] = near + 2 * far;
+        s[4] = near - 2 * far;
+        near = d4 - 4 * d2;
+        far = d3 - 4 * d1;
+        s[1] = near + far;
+        s[2] = near - far;
     }
+
+    static void results(const V* m, int step, V* r) {
+        const V even = m[step] + m[2 * step], odd = m[step] - m[2 * step];
+        const V twice = m[3 * step] + m[4 * step], half = m[3 * step] - m[4 * step];
+        r[0] = even + twice + m[0];
+        r[1] = odd + 2 * half;
+        r[2] = even + 4 * twice;
+        r[3] = odd + 8 * half + m[5 * step];
+    }
+
+    static void weights(const V* g, int step, V* u) {
+        const V outer = g[0] + g[2 * step], rising = g[0] + 4 * g[2 * step];
+        u[0] = g[0] * 0.25f;
+        u[1] = (outer + g[step]) * (-1.0f / 6);
+        u[2] = (outer - g[step]) * (-1.0f / 6);
+        u[3] = (rising + 2 * g[step]) * (1.0f / 24);
+        u[4] = (rising - 2 * g[step]) * (1.0f / 24);
+        u[5] = g[2 * step];
+    }
+};
+
+template <>
+struct Winograd<6> {  // at 0, 1, -1, 2, -2, 1/2, -1/2 and infinity
+    static void sums(const V* d, int step, V* s) {
+        const V d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step], d6 = d[6 * step];
+        s[0] = d[0] - d6 + 5.25f * (d4 - d2);
+        s[7] = d[7 * step] - d1 + 5.25f * (d3 - d5);
+        V even = d2 + d6 - 4.25f * d4, odd = d1 + d5 - 4.25f * d3;
+        s[1] = even + odd;
+        s[2] = even - odd;
+        even = d6 + 0.25f * d2 - 1.25f * d4;
+        odd = 0.5f * d1 - 2.5f * d3 + 2 * d5;
+        s[3] = even + odd;
+        s[4] = even - odd;
+        even = d6 + 4 * d2 - 5 * d4;
+        odd = 2 * d1 - 2.5f * d3 + 0.5f * d5;
+        s[5] = even + odd;
+        s[6] = even - odd;
+    }
+
+    static void results(const V* m, int step, V* r) {
+        const V even = m[step] + m[2 * step], odd = m[step] - m[2 * step];
+        const V twice = m[3 * step] + m[4 * step], twice_odd = m[3 * step] - m[4 * step];
+        const V half = m[5 * step] + m[6 * step], half_odd = m[5 * step] - m[6 * step];
+        r[0] = m[0] + even + twice + 32 * half;
+        r[1] = odd + 2 * twice_odd + 16 * half_odd;
+        r[2] = even + 4 * twice + 8 * half;
+        r[3] = odd + 8 * twice_odd + 4 * half_odd;
+        r[4] = even + 16 * twice + 2 * half;
+        r[5] = odd + 32 * twice_odd + half_odd + m[7 * step];
+    }
+
+    static void weights(const V* g, int step, V* u) {
+        const V outer = g[0] + g[2 * step], rising = g[0] + 4 * g[2 * step], falling = 4 * g[0] + g[2 * step];
+        u[0] = g[0];
+        u[1] = (outer + g[step]) * (-2.0f / 9);
+        u[2] = (outer - g[step]) * (-2.0f / 9);
+        u[3] = (rising + 2 * g[step]) * (1.0f / 90);
+        u[4] = (rising - 2 * g[step]) * (1.0f / 90);
+        u[5] = (falling + 2 * g[step]) * (1.0f / 180);
+        u[6] = (falling - 2 * g[step]) * (1.0f / 180);
+        u[7] = g[2 * step];
+    }
+};
+
+// c "ROWS PANEL" = the sum over taps of a "ROWS k" times b "k PANEL"; from tap to tap a is `far` numbers on.
+inline void product(const float* a, int64_t far, const float* b, int64_t taps, int64_t k, float* c) {
+    V sum[ROWS][VECTORS] = {};
+    for (int64_t tap = 0; tap < taps; tap++, a += far, b += k * PANEL)
+        for (int64_t i = 0; i < k; i++) {
+            V right[VECTORS];
+            for (int v = 0; v < VECTORS; v++) right[v] = load(b + i * PANEL + v * LANES);
+#pragma GCC unroll 24
+            for (int r = 0; r < ROWS; r++) {
+                const float left = a[r * k + i];
+                for (int v = 0; v < VECTORS; v++) sum[r][v] += left * right[v];
+            }
+        }
 #pragma GCC unroll 24
     for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < VECTORS; v++) store(c + r * PANEL + v * LANES, sum[r][v]);
@@ -136,143 +187,174 @@ inline void product(const float* a, const float* b, int64_t k, float* c) {
 struct Convolution {
     const float *x, *scale, *shift, *weight, *bias, *add;
     float *weights, *rooms, *y;
-    int64_t clips, frames, height, width, in, out, taps, enlarge, block;
+    int64_t clips, frames, height, width, in, out, taps, enlarge, tile, block;
     int64_t by_out, by_in, by_tap, by_row, by_column;  // strides of `weight`
     int64_t threads;
 };
 
-// The sums of a run of tiles side by side, from the lines of pixels (or null) and the column where the first begins.
-// EDGE: columns may lie outside. NORMED: scale, shift and SiLU come before.
-template <bool EDGE, bool NORMED>
-inline void sum_up(const Convolution& c, const float* const* lines, int64_t left, int64_t run, const float* scale,
-                   const float* shift, float* to, int64_t depth, int64_t step) {
-    const int64_t columns = c.width * c.enlarge;
-    for (int64_t ch = 0; ch < c.in; ch += PANEL) {
-        V down[VECTORS][SUMS];  // column by column
-        for (int64_t r = 0; r < run; r++) {
-            if (r)
-                for (int v = 0; v < VECTORS; v++)
-                    for (int k = 0; k < (SPAN - TILE) * SPAN; k++) down[v][k] = down[v][k + TILE * SPAN];
-            for (int j = r ? SPAN - TILE : 0; j < SPAN; j++) {
-                const int64_t column = left + r * TILE + j;
-                const bool inside = !EDGE || (0 <= column && column < columns);
-                const int64_t at = (c.enlarge == 1 ? column : column / c.enlarge) * c.in + ch;
-                for (int v = 0; v < VECTORS; v++) {
-                    V d[SPAN];
-                    for (int i = 0; i < SPAN; i++) {
-                        d[i] = EDGE && !(inside && lines[i]) ? V{} : load(lines[i] + at + v * LANES);
-                        if (NORMED) d[i] = d[i] * load(scale + ch + v * LANES) + load(shift + ch + v * LANES);
-                    }
-                    if (NORMED)
-                        for (int i = 0; i < SPAN; i += 2) silu(d[i], d[i + 1]);
-                    for (int i = 0; EDGE && NORMED && i < SPAN; i++)
-                        if (!(inside && lines[i])) d[i] = V{};
-                    sums(d, 1, down[v] + j * SPAN);
+// A piece of work is a block of tiles. Without taps, the tiles of all frames follow one another. With taps, they are those
+// of one frame, and a piece of work is the same block in up to DEEP frames of a clip, which mostly see the same frames.
+template <int TILE>
+struct Layer : Convolution {
+    static constexpr int SPAN = TILE + 2, SUMS = SPAN * SPAN;
+
+    const int64_t rows = height * enlarge, columns = width * enlarge;  // of the result
+    const int64_t high = (rows + TILE - 1) / TILE, wide = (columns + TILE - 1) / TILE;
+    const int64_t reach = taps / 2, length = reach ? frames : 1, deep = std::min(DEEP, length);
+    const int64_t seen = std::min(deep + 2 * reach, length), stacks = (length + deep - 1) / deep;
+    const int64_t tiles = high * wide * (reach ? 1 : clips * frames), blocks = (tiles + block - 1) / block;
+    const int64_t jobs = (reach ? clips : 1) * stacks * blocks;
+    const int64_t depth = taps * in, panels = out / PANEL;
+    const int64_t far = apart(depth, out), step = apart(block, in), place = apart(block, PANEL);  // from sum to sum
+
+    explicit Layer(const Convolution& c) : Convolution(c) {}
+
+    // Numbers the weights' sums need, and each thread for itself.
+    int64_t weights_room() const { return SUMS * far; }
+    int64_t room() const { return SUMS * (seen * step + deep * place); }
+
+    // `weights` "sums panels depth PANEL", of one panel and tap
+    void weigh(int64_t panel, int64_t tap) const {
+        for (int64_t i = 0; i < in; i++)
+            for (int v = 0; v < VECTORS; v++) {
+                V g[9], half[3 * SPAN], u[SPAN];
+                const float* w = weight + (panel * PANEL + v * LANES) * by_out + i * by_in + tap * by_tap;
+                for (int k = 0; k < 9; k++)
+                    for (int lane = 0; lane < LANES; lane++)
+                        g[k][lane] = w[lane * by_out + k / 3 * by_row + k % 3 * by_column];
+                for (int k = 0; k < 3; k++) Winograd<TILE>::weights(g + 3 * k, 1, half + SPAN * k);
+                for (int k = 0; k < SPAN; k++) {
+                    Winograd<TILE>::weights(half + k, SPAN, u);
+                    float* const to = weights + k * far + (panel * depth + tap * in + i) * PANEL + v * LANES;
+                    for (int j = 0; j < SPAN; j++) store(to + j * SPAN * far, u[j]);
                 }
             }
-            for (int i = 0; i < SPAN; i++)
-                for (int v = 0; v < VECTORS; v++) {
-                    V s[SPAN];
-                    sums(down[v] + i, SPAN, s);
-                    for (int j = 0; j < SPAN; j++)
-                        store(to + (i * SPAN + j) * step + r * depth + ch + v * LANES, s[j]);
+    }
+
+    void work(int64_t job, float* own) const {
+        const int64_t stack = job / blocks, clip = stack / stacks, first = job % blocks * block;
+        const int64_t count = std::min(block, tiles - first);
+        const int64_t made = stack % stacks * deep, till = std::min(made + deep, length);
+        const int64_t from = std::max<int64_t>(made - reach, 0), to = std::min(till + reach, length);
+        float* const summed = own;                        // "seen sums tiles in"
+        float* const products = own + seen * SUMS * step;  // "deep sums tiles PANEL"
+
+        for (int64_t n = from; n < to; n++)
+            sum_up(clip * length + n, first, count, summed + (n - from) * SUMS * step);
+        for (int64_t panel = 0; panel < panels; panel++) {
+            for (int k = 0; k < SUMS; k++)
+                for (int64_t n = made; n < till; n++) {
+                    const int64_t lowest = std::max<int64_t>(n - reach, 0), highest = std::min(n + reach, length - 1);
+                    const float* a = summed + ((lowest - from) * SUMS + k) * step;
+                    const float* b = weights + k * far + (panel * depth + (lowest - n + reach) * in) * PANEL;
+                    float* m = products + ((n - made) * SUMS + k) * place;
+                    // rows beyond the last tile hold anything; a block is a multiple of ROWS, so they have a place
+                    for (int64_t t = 0; t < count; t += ROWS)
+                        product(a + t * in, SUMS * step, b, highest - lowest + 1, in, m + t * PANEL);
                 }
+            for (int64_t n = made; n < till; n++)
+                finish(clip * length + n, first, count, panel, products + (n - made) * SUMS * place);
         }
     }
-}
+
+    // The sums of tiles, numbered from those of a frame on.
+    void sum_up(int64_t frame, int64_t first, int64_t count, float* to) const {
+        for (int64_t t = 0, run; t < count; t += run) {  // runs of tiles side by side share columns
+            const int64_t tile = first + t, across = tile % wide, there = frame + tile / (high * wide);
+            const int64_t top = tile / wide % high * TILE - 1, left = across * TILE - 1;
+            run = std::min({RUN, count - t, wide - across});
+            const float* lines[SPAN];
+            for (int i = 0; i < SPAN; i++) {
+                const int64_t line = there * height + (top + i) / enlarge;
+                lines[i] = 0 <= top + i && top + i < rows ? x + line * width * in : nullptr;
+            }
+            const bool edge = left < 0 || left + (run * TILE + 2) > columns || !lines[0] || !lines[SPAN - 1];
+            const int64_t norm = there / frames * in;
+            const auto sum = scale ? (edge ? &Layer::sum<true, true> : &Layer::sum<false, true>)
+                                   : (edge ? &Layer::sum<true, false> : &Layer::sum<false, false>);
+            (this->*sum)(lines, left, run, scale + norm, shift + norm, to + t * in);
+        }
+    }
+
+    // The sums of a run of tiles side by side, from the lines of pixels (or null) and the column where the first begins.
+    // EDGE: columns may lie outside. NORMED: scale, shift and SiLU come before.
+    template <bool EDGE, bool NORMED>
+    void sum(const float* const* lines, int64_t left, int64_t run, const float* scale, const float* shift, float* to) const {
+        for (int64_t ch = 0; ch < in; ch += PANEL) {
+            V down[VECTORS][SUMS];  // column by column
+            for (int64_t r = 0; r < run; r++) {
+                if (r)
+                    for (int v = 0; v < VECTORS; v++)
+                        for (int k = 0; k < (SPAN - TILE) * SPAN; k++) down[v][k] = down[v][k + TILE * SPAN];
+                for (int j = r ? SPAN - TILE : 0; j < SPAN; j++) {
+                    const int64_t column = left + r * TILE + j;
+                    const bool inside = !EDGE || (0 <= column && column < columns);
+                    const int64_t at = (enlarge == 1 ? column : column / enlarge) * in + ch;
+                    for (int v = 0; v < VECTORS; v++) {
+                        V d[SPAN];
+                        for (int i = 0; i < SPAN; i++) {
+                            d[i] = EDGE && !(inside && lines[i]) ? V{} : load(lines[i] + at + v * LANES);
+                            if (NORMED) d[i] = d[i] * load(scale + ch + v * LANES) + load(shift + ch + v * LANES);
+                        }
+                        if (NORMED)
+                            for (int i = 0; i < SPAN; i += 2) silu(d[i], d[i + 1]);
+                        for (int i = 0; EDGE && NORMED && i < SPAN; i++)
+                            if (!(inside && lines[i])) d[i] = V{};
+                        Winograd<TILE>::sums(d, 1, down[v] + j * SPAN);
+                    }
+                }
+                for (int i = 0; i < SPAN; i++)
+                    for (int v = 0; v < VECTORS; v++) {
+                        V s[SPAN];
+                        Winograd<TILE>::sums(down[v] + i, SPAN, s);
+                        for (int j = 0; j < SPAN; j++)
+                            store(to + (i * SPAN + j) * step + r * in + ch + v * LANES, s[j]);
+                    }
+            }
+        }
+    }
+
+    // The pixels of tiles, numbered from those of a frame on, from one panel's products.
+    void finish(int64_t frame, int64_t first, int64_t count, int64_t panel, const float* products) const {
+        for (int64_t t = 0; t < count; t++) {
+            const int64_t tile = first + t, there = frame + tile / (high * wide);
+            const int64_t top = tile / wide % high * TILE, left = tile % wide * TILE;
+            for (int v = 0; v < PANEL; v += LANES) {
+                V m[SUMS], down[SPAN * TILE], r[TILE];
+                for (int k = 0; k < SUMS; k++) m[k] = load(products + k * place + t * PANEL + v);
+                for (int j = 0; j < SPAN; j++) Winograd<TILE>::results(m + j, SPAN, down + j * TILE);
+                const V offset = load(bias + panel * PANEL + v);
+                for (int i = 0; i < TILE && top + i < rows; i++) {
+                    Winograd<TILE>::results(down + i, TILE, r);
+                    int64_t at = ((there * rows + top + i) * columns + left) * out + panel * PANEL + v;
+                    for (int j = 0; j < TILE && left + j < columns; j++, at += out)
+                        store(y + at, add ? r[j] + offset + load(add + at) : r[j] + offset);
+                }
+            }
+        }
+    }
+
+    void compute() const {
+#pragma omp parallel num_threads(threads)
+        {
+            float* const own = rooms + omp_get_thread_num() * room();
+#pragma omp for schedule(static)
+            for (int64_t job = 0; job < panels * taps; job++) weigh(job / taps, job % taps);
+#pragma omp for schedule(static)
+            for (int64_t job = 0; job < jobs; job++) work(job, own);
+        }
+    }
+};
 
 }  // namespace
 
 extern "C" {
 
 // Numbers `convolve` needs for the weights' sums, and each of its threads for itself.
-int64_t weights_room(int64_t depth, int64_t out) { return SUMS * apart(depth, out); }
-int64_t room(int64_t depth, int64_t block) { return SUMS * (apart(block, depth) + apart(block, PANEL)); }
+int64_t weights_room(const Convolution* c) { return c->tile == 6 ? Layer<6>(*c).weights_room() : Layer<4>(*c).weights_room(); }
+int64_t room(const Convolution* c) { return c->tile == 6 ? Layer<6>(*c).room() : Layer<4>(*c).room(); }
 
-void convolve(const Convolution* given) {
-    const Convolution c = *given;
-    const int64_t rows = c.height * c.enlarge, columns = c.width * c.enlarge;  // of the result
-    const int64_t high = (rows + TILE - 1) / TILE, wide = (columns + TILE - 1) / TILE;
-    const int64_t tiles = c.clips * c.frames * high * wide, blocks = (tiles + c.block - 1) / c.block;
-    const int64_t depth = c.taps * c.in, panels = c.out / PANEL, far = apart(depth, c.out);
-
-#pragma omp parallel num_threads(c.threads)
-    {
-        float* const summed = c.rooms + omp_get_thread_num() * room(depth, c.block);  // "36 tiles depth"
-        float* const products = summed + SUMS * apart(c.block, depth);                // "36 tiles PANEL"
-
-        // `weights` "36 panels depth PANEL"
-#pragma omp for schedule(static)
-        for (int64_t job = 0; job < panels * c.taps; job++) {
-            const int64_t panel = job / c.taps, tap = job % c.taps;
-            for (int64_t i = 0; i < c.in; i++)
-                for (int v = 0; v < VECTORS; v++) {
-                    V g[9], half[18], u[SPAN];
-                    const float* w = c.weight + (panel * PANEL + v * LANES) * c.by_out + i * c.by_in + tap * c.by_tap;
-                    for (int k = 0; k < 9; k++)
-                        for (int lane = 0; lane < LANES; lane++)
-                            g[k][lane] = w[lane * c.by_out + k / 3 * c.by_row + k % 3 * c.by_column];
-                    for (int k = 0; k < 3; k++) weight_sums(g + 3 * k, 1, half + SPAN * k);
-                    for (int k = 0; k < SPAN; k++) {
-                        weight_sums(half + k, SPAN, u);
-                        for (int j = 0; j < SPAN; j++)
-                            store(c.weights + (j * SPAN + k) * far + (panel * depth + tap * c.in + i) * PANEL + v * LANES, u[j]);
-                    }
-                }
-        }
-
-#pragma omp for schedule(static)
-        for (int64_t job = 0; job < blocks; job++) {
-            const int64_t first = job * c.block, count = std::min(c.block, tiles - first);
-            for (int64_t t = 0, run; t < count; t += run) {  // runs of tiles side by side share columns
-                const int64_t tile = first + t, frame = tile / (high * wide), across = tile % wide;
-                const int64_t top = tile / wide % high * TILE - 1, left = across * TILE - 1;
-                run = std::min({RUN, count - t, wide - across});
-                for (int64_t tap = 0; tap < c.taps; tap++) {
-                    const int64_t there = frame % c.frames + tap - c.taps / 2;
-                    const bool exists = 0 <= there && there < c.frames;
-                    const float* from = c.x + (frame + tap - c.taps / 2) * c.height * c.width * c.in;
-                    const float* lines[SPAN];
-                    for (int i = 0; i < SPAN; i++) {
-                        const bool inside = exists && 0 <= top + i && top + i < rows;
-                        lines[i] = inside ? from + (top + i) / c.enlarge * c.width * c.in : nullptr;
-                    }
-                    const int64_t clip = frame / c.frames * c.in;
-                    float* const to = summed + t * depth + tap * c.in;
-                    const bool edge = left < 0 || left + (run * TILE + 2) > columns || !lines[0] || !lines[SPAN - 1];
-                    const auto call = c.scale ? (edge ? sum_up<true, true> : sum_up<false, true>)
-                                              : (edge ? sum_up<true, false> : sum_up<false, false>);
-                    call(c, lines, left, run, c.scale + clip, c.shift + clip, to, depth, apart(c.block, depth));
-                }
-            }
-            for (int64_t panel = 0; panel < panels; panel++) {
-                for (int k = 0; k < SUMS; k++) {
-                    const float* a = summed + k * apart(c.block, depth);
-                    const float* b = c.weights + k * far + panel * depth * PANEL;
-                    float* m = products + k * apart(c.block, PANEL);
-                    // rows beyond the last tile hold anything; a block is a multiple of ROWS, so they have a place
-                    for (int64_t t = 0; t < count; t += ROWS) product(a + t * depth, b, depth, m + t * PANEL);
-                }
-                for (int64_t t = 0; t < count; t++) {
-                    const int64_t tile = first + t, frame = tile / (high * wide);
-                    const int64_t top = tile / wide % high * TILE, left = tile % wide * TILE;
-                    for (int v = 0; v < PANEL; v += LANES) {
-                        V m[SUMS], down[SPAN * TILE], r[TILE];
-                        for (int k = 0; k < SUMS; k++) m[k] = load(products + k * apart(c.block, PANEL) + t * PANEL + v);
-                        for (int j = 0; j < SPAN; j++) results(m + j, SPAN, down + j * TILE);
-                        const V bias = load(c.bias + panel * PANEL + v);
-                        for (int i = 0; i < TILE && top + i < rows; i++) {
-                            results(down + i, TILE, r);
-                            int64_t at = ((frame * rows + top + i) * columns + left) * c.out + panel * PANEL + v;
-                            for (int j = 0; j < TILE && left + j < columns; j++, at += c.out)
-                                store(c.y + at, c.add ? r[j] + bias + load(c.add + at) : r[j] + bias);
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
+void convolve(const Convolution* c) { c->tile == 6 ? Layer<6>(*c).compute() : Layer<4>(*c).compute(); }
 
 struct Norm {
     const float *x, *weight, *bias;

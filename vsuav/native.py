@@ -1,12 +1,12 @@
-"""The project's own machine code for CPUs, where it was built: 3x3 convolutions in float32 with a quarter of the
-multiplications, and group normalisation.
+"""The project's own machine code for CPUs, where it was built: 3x3 convolutions in float32 with a quarter or a fifth of
+the multiplications, and group normalisation.
 
 `native.cpp` is compiled when vsuav is installed, once for every kind of CPU. Without a compiler, or on another CPU,
 there is no `KIND`, and the layers do without.
 
-The convolutions are those of winograd.py, F(4x4, 3x3) of Lavin and Gray (CVPR 2016, arXiv 1509.09308), with everything
-that surrounds them: what is normalised, activated, enlarged and summed up is computed on the way, so that it never
-lies in memory. Pieces of work do not depend on the number of threads, so neither do results.
+The convolutions are F(4x4, 3x3), as in winograd.py, or F(6x6, 3x3) of Lavin and Gray (CVPR 2016, arXiv 1509.09308),
+with everything that surrounds them: what is normalised, activated, enlarged and summed up is computed on the way, so
+that it never lies in memory. Pieces of work do not depend on the number of threads, so neither do results.
 """
 
 import contextlib
@@ -23,16 +23,15 @@ from vsuav import buffers
 
 LEAST, MULTIPLE, MANY = 32, 16, 2048
 """Channels, in and out, from which on convolutions are computed here, what they must be a multiple of, and pixels."""
-BLOCK, WIDE, MOST = 24, 256, 96
-"""Tiles of 4x4 results computed together, or a multiple of them up to `MOST` where `WIDE` numbers or more are summed up,
-for the sake of the weights."""
+BLOCK, WIDE, MOST = 12, 256, 96
+"""Tiles computed together are a multiple of this, and at most `MOST`, where the input has `WIDE` channels or more."""
 
 
 class _Convolution(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("x", "scale", "shift", "weight", "bias", "add", "weights", "rooms", "y")),
         *((name, c_int64) for name in ("clips", "frames", "height", "width", "inputs", "outputs", "taps", "enlarge")),
-        *((name, c_int64) for name in ("block", "by_out", "by_in", "by_tap", "by_row", "by_column")),
+        *((name, c_int64) for name in ("tile", "block", "by_out", "by_in", "by_tap", "by_row", "by_column")),
         ("threads", c_int64),
     ]
 
@@ -56,7 +55,7 @@ def opened(file: Path) -> ctypes.CDLL:
     """The functions of a compiled native.cpp; torch is loaded by now, and so is the OpenMP that both share."""
     library = ctypes.CDLL(str(file))
     for function in (library.room, library.weights_room):
-        function.argtypes, function.restype = (c_int64, c_int64), c_int64
+        function.argtypes, function.restype = (c_void_p,), c_int64
     return library
 
 
@@ -109,22 +108,31 @@ def convolve(
     outputs, taps = len(weight), weight.shape[2] if weight.dim() == 5 else 1
     strides = weight.stride() if weight.dim() == 5 else (*weight.stride()[:2], 0, *weight.stride()[2:])
     scale, shift = norm or (None, None)
-    depth, threads = taps * inputs, torch.get_num_threads()
-    block = _block(depth, b * t * -(-h * enlarge // 4) * -(-w * enlarge // 4))
-    shared, own = _library.weights_room(depth, outputs), _library.room(depth, block)
+    tile, block = _tiles(inputs, b * t, h * enlarge, w * enlarge, taps)
     y = buffers.empty((b, t, h * enlarge, w * enlarge, outputs), m.dtype)
+    call = _Convolution(
+        _at(m), _at(scale), _at(shift), _at(weight), _at(bias), _at(add), None, None, _at(y),
+        b, t, h, w, inputs, outputs, taps, enlarge, tile, block, *strides, threads := torch.get_num_threads(),
+    )  # fmt: skip
+    shared, own = _library.weights_room(ctypes.byref(call)), _library.room(ctypes.byref(call))
     with _scratch(shared + threads * own) as room:
-        _library.convolve(ctypes.byref(_Convolution(
-            _at(m), _at(scale), _at(shift), _at(weight), _at(bias), _at(add), _at(room), _at(room[shared:]), _at(y),
-            b, t, h, w, inputs, outputs, taps, enlarge, block, *strides, threads,
-        )))  # fmt: skip
+        call.weights, call.rooms = _at(room), _at(room[shared:])
+        _library.convolve(ctypes.byref(call))
     return y
 
 
-def _block(depth: int, tiles: int) -> int:
-    """Tiles computed together; where they are many, an even number of blocks of nearly the same size."""
+def _tiles(inputs: int, frames: int, height: int, width: int, taps: int) -> tuple[int, int]:
+    """The side of a tile, and how many are computed together.
+
+    Few channels: large tiles, as many as the second-level cache holds, of one frame or three. Many: there are more
+    numbers in the weights than in the tiles, and larger tiles would have still more of them; so the tiles are an even
+    number of large blocks of nearly the same size.
+    """
+    if inputs < WIDE:
+        return 6, 2 * BLOCK if taps == 1 else BLOCK
+    tiles = -(-height // 4) * -(-width // 4) * (frames if taps == 1 else 1)
     blocks = 2 * -(-tiles // (2 * MOST))
-    return BLOCK if depth < WIDE else BLOCK * -(-tiles // (blocks * BLOCK))
+    return 4, BLOCK * -(-tiles // (blocks * BLOCK))
 
 
 _spare: list[Tensor] = []
