@@ -14,7 +14,19 @@ from hypothesis import strategies as st
 from vsuav import native
 from vsuav.checkpoint import load, locate
 from vsuav.engine import Engine
-from vsuav.layers import FrameConv, JointNorm, ResBlock, TimeConv, Up, VolumeConv, lay_out, memory, video
+from vsuav.layers import (
+    FrameConv,
+    JointNorm,
+    ResBlock,
+    TimeConv,
+    Up,
+    VolumeConv,
+    affine,
+    gated,
+    lay_out,
+    memory,
+    video,
+)  # fmt: skip
 from vsuav.networks import Networks, choose
 from vsuav.shots import Shots
 from vsuav.store import Store
@@ -122,7 +134,54 @@ def test_silu_over_all_floats(library, monkeypatch):
     y = native.line(x.view(1, 1, 1, -1, 16), torch.ones(1, 16), torch.zeros(1, 16), True).flatten()
     truth = F.silu(x.double())
     assert torch.isfinite(y).all()
-    assert ((y - truth).abs() <= 5e-7 * truth.abs() + 1e-18 * x.abs()).all()
+    assert ((y - truth).abs() <= (4e-7 + 7e-8 * x.clamp(max=0).abs()) * truth.abs() + 1e-18 * x.abs()).all()
+
+
+@there
+@settings(max_examples=80, deadline=None)
+@given(
+    b=st.integers(1, 2), t=st.integers(1, 9), pixels=st.integers(12, 130), inputs=st.sampled_from([16, 48, 64]),
+    outputs=st.sampled_from([16, 48]), taps=st.sampled_from([1, 3, 5]), added=st.booleans(), biased=st.booleans(),
+    normed=st.booleans(), transposed=st.booleans(), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_linear_layers_and_convolutions_over_time(
+    library, b, t, pixels, inputs, outputs, taps, added, biased, normed, transposed, seed
+):
+    torch.manual_seed(seed)
+    weight = torch.randn(outputs, inputs, taps) / (taps * inputs) ** 0.5
+    if transposed:
+        weight = weight.transpose(0, 1).contiguous().transpose(0, 1)
+    m, bias = torch.randn(b, t, pixels, inputs), torch.randn(outputs) if biased else None
+    add = torch.randn(b, t, pixels, outputs) if added else None
+    norm = (torch.rand(b, inputs) + 0.5, torch.randn(b, inputs)) if normed else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_library", library)
+        y = native.affine(m, weight[..., 0] if taps == 1 else weight, bias, add, norm)
+    x = m.double()
+    if norm is not None:
+        x = F.silu(x * norm[0].double()[:, None, None] + norm[1].double()[:, None, None])
+    truth = F.conv2d(x.permute(0, 3, 1, 2), weight.double()[..., None], None if bias is None else bias.double(),
+                     padding=(taps // 2, 0)).permute(0, 2, 3, 1)  # fmt: skip
+    nearly(y, truth if add is None else truth + add, 2e-6)
+
+
+@there
+def test_gated_layers(library, monkeypatch):
+    monkeypatch.setattr(native, "_library", library)
+    torch.manual_seed(0)
+    m, weight, bias = torch.randn(1, 2, 37, 24), torch.randn(2 * 48, 24) / 5, torch.randn(2 * 48)
+    a, g = F.linear(m.double(), weight.double(), bias.double()).chunk(2, dim=-1)
+    nearly(native.affine(m, weight, bias, gated=True), a * F.gelu(g), 1e-6)
+
+
+@there
+def test_gelu_over_all_floats(library, monkeypatch):
+    monkeypatch.setattr(native, "_library", library)
+    x = torch.cat([torch.linspace(-40, 40, 4096), torch.logspace(-30, 18, 1024), -torch.logspace(-30, 18, 1024)])
+    weight = torch.zeros(32, 1)
+    weight[16:] = 1  # a is 1 by its bias, g is x
+    y = native.affine(x.view(1, 1, -1, 1), weight, torch.cat([torch.ones(16), torch.zeros(16)]), gated=True)
+    assert ((y[0, 0, :, 0] - F.gelu(x.double())).abs() <= 3e-7 * x.abs()).all()
 
 
 @there
@@ -145,7 +204,8 @@ def test_bits_do_not_depend_on_threads(volume):
     for threads in (1, 2, 3, 4):
         with working_threads(threads), torch.no_grad():
             line = norm.line(m)
-            results.append((*line, native.line(m, *line, True), native.convolve(m, weight, bias, norm=line)))
+            over_time = native.affine(m, weight[..., 1, 1], bias, norm=line)
+            results.append((*line, native.line(m, *line, True), native.convolve(m, weight, bias, norm=line), over_time))
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
@@ -193,6 +253,23 @@ def test_layers_give_the_same_without_it(kind, frames, monkeypatch):
     for result in results:
         assert result.shape == trained.shape
         nearly(result, trained.detach())
+
+
+@there
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("rows", [16, 2500])
+def test_linear_layers_give_the_same_without_it(rows, added, monkeypatch):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(rows, 64).T.contiguous().T, torch.randn(96, 64) / 8, torch.randn(96)
+    add, called, ours = torch.randn(rows, 96) if added else None, [], native.affine
+    monkeypatch.setattr(native, "affine", lambda *given, **named: called.append(given) or ours(*given, **named))
+    with torch.no_grad():
+        results = [affine(x, weight, bias, add), gated(x, weight, bias)]
+        assert len(called) == (2 if rows > 2048 else 0)
+        monkeypatch.setattr(native, "KIND", None)
+        for result, other in zip(results, [affine(x, weight, bias, add), gated(x, weight, bias)], strict=True):
+            assert result.shape == other.shape
+            nearly(result, other, 2e-6)
 
 
 @there

@@ -96,6 +96,9 @@ def fused(x: Tensor, weight: Tensor) -> bool:
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
     """x "… i" -> x weightᵀ + bias + add "… o"."""
     if fused(x, weight):
+        if native.multiplies(x, weight):
+            m = x.contiguous().view(1, 1, -1, x.shape[-1])
+            return native.affine(m, weight, bias, None if add is None else add.contiguous()).view(*x.shape[:-1], -1)
         if add is None:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(x, add.contiguous(), weight, bias, "add")
@@ -106,6 +109,9 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = 
 def gated(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """a GELU(g), exact GELU, where (a, g) are the halves of x weightᵀ + bias."""
     if fused(x, weight):
+        if native.multiplies(x, weight[::2]):
+            m = x.contiguous().view(1, 1, -1, x.shape[-1])
+            return native.affine(m, weight, bias, gated=True).view(*x.shape[:-1], -1)
         (weight_a, weight_g), (bias_a, bias_g) = weight.chunk(2), bias.chunk(2)
         gate = torch.ops.mkldnn._linear_pointwise(x, weight_g, bias_g, "gelu", [], "none")
         return torch.ops.mkldnn._linear_pointwise.binary(x, gate, weight_a, bias_a, "mul")
@@ -198,10 +204,10 @@ class Conv(nn.Module):
         bias = self.bias
         if shift is not None and len(shift) == 1:
             bias, shift = bias + shift[0], None
-        if shift is None and self.small() and fused(x, self.weight) and native.pays(x, self.weight):
+        if shift is None and fused(x, self.weight) and self.native_pays(x):
             m = memory(x)
             line, add = norm and norm.line(m), None if add is None else memory(add)
-            return video(native.convolve(m, self.weight, bias, add, line))
+            return video(self.natively(m, bias, add, line))
         x = x if norm is None else norm(x, act=True)
         if self.kernel_size == (1, 1):
             y = affine(memory(x), self.weight.flatten(1), bias, None if add is None else memory(add))
@@ -210,6 +216,14 @@ class Conv(nn.Module):
         if shift is not None:
             y = plus(y, shift[:, :, None, None, None])
         return y if add is None else plus(y, add)
+
+    def native_pays(self, x: Tensor) -> bool:
+        """Is there machine code of our own for it?"""
+        return self.small() and native.pays(x, self.weight)
+
+    def natively(self, m: Tensor, bias: Tensor, add: Tensor | None, line: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The whole of `forward` by that code, on the activations as they lie in memory."""
+        return native.convolve(m, self.weight, bias, add, line)
 
     def small(self) -> bool:
         """Does it see 3x3 pixels (of one frame or three), and give as many as it gets?"""
@@ -231,6 +245,13 @@ class TimeConv(Conv, nn.Conv3d):
 
     def __init__(self, cin: int, cout: int, k: int):
         super().__init__(cin, cout, (k, 1, 1), padding=(k // 2, 0, 0))
+
+    def native_pays(self, x: Tensor) -> bool:
+        many = x[0, 0, 0].numel() >= native.BLOCK
+        return many and x.shape[1] % native.MULTIPLE == 0 and native.multiplies(x, self.weight)
+
+    def natively(self, m: Tensor, bias: Tensor, add: Tensor | None, line: tuple[Tensor, Tensor] | None) -> Tensor:
+        return native.affine(m, self.weight[..., 0, 0], bias, add, line)
 
     def convolve(self, x: Tensor, bias: Tensor) -> Tensor:
         y = F.conv2d(timeline(x), self.weight[..., 0], bias, padding=self.padding[:2])

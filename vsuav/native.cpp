@@ -57,30 +57,27 @@ inline V smaller(V a, V b) {
 #endif
 }
 
-// 1 + e^-x, of which the error is below two units in the last place; x counts as -43 where it is less, so that the
-// product of two is finite, and as 87 where it is no number, so that its neighbour does not suffer.
-inline V grown(V x) {
-    x = smaller(larger(-x, V{} - 87.0f), V{} + 43.0f);
+// e^-x as 2^t, of which the relative error is |t| units in the last place, at least one; t counts as 62 where it is more, so
+// that the product of two is finite, and as -125 where it is no number, so that its neighbour does not suffer.
+inline V fallen(V x) {
+    const V t = smaller(larger(x * -1.44269504088896341f, V{} - 125.0f), V{} + 62.0f);
     const V shifter = V{} + 12582912.0f;  // adding it rounds to an integer, which its low bits then hold
-    const V n = x * 1.44269504088896341f + shifter;
+    const V n = t + shifter, r = t - (n - shifter);
     const I power = reinterpret_cast<I>(n) << 23;
-    const V whole = n - shifter;
-    const V r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
-    V y = V{} + 1.9875691500e-4f;  // a polynomial of Cephes
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * (r * r) + r + 1.0f;
-    return 1.0f + reinterpret_cast<V>(reinterpret_cast<I>(y) + power);
+    V y = V{} + 1.3276455e-3f;  // 2^r, of which the greatest relative error is least: 7.5e-8
+    y = y * r + 9.6755400e-3f;
+    y = y * r + 5.5507135e-2f;
+    y = y * r + 2.4022120e-1f;
+    y = y * r + 6.9314694e-1f;
+    y = y * r + 1.0000001f;
+    return reinterpret_cast<V>(reinterpret_cast<I>(y) + power);
 }
 
 // SiLU of two: a division is as dear as ten products.
 inline void silu(V& a, V& b) {
-    const V grown_a = grown(a), grown_b = grown(b), both = 1.0f / (grown_a * grown_b);
-    a *= both * grown_b;
-    b *= both * grown_a;
+    const V below_a = 1.0f + fallen(a), below_b = 1.0f + fallen(b), both = 1.0f / (below_a * below_b);
+    a *= both * below_b;
+    b *= both * below_a;
 }
 
 // Winograd's F(TILE, 3): SPAN numbers become as many sums, those of three weights likewise; their products, TILE results.
@@ -166,8 +163,35 @@ struct Winograd<6> {  // at 0, 1, -1, 2, -2, 1/2, -1/2 and infinity
     }
 };
 
-// c "ROWS PANEL" = the sum over taps of a "ROWS k" times b "k PANEL"; from tap to tap a is `far` numbers on.
-inline void product(const float* a, int64_t far, const float* b, int64_t taps, int64_t k, float* c) {
+// Exact GELU: x (1 + erf(x / sqrt 2)) / 2, with 7.1.26 of Abramowitz and Stegun, whose error is at most 1.5e-7.
+inline V gelu(V x) {
+    const V z = larger(x, -x) * 0.70710678f, t = 1.0f / (z * 0.3275911f + 1.0f);
+    V y = t * 1.061405429f - 1.453152027f;
+    y = y * t + 1.421413741f;
+    y = y * t - 0.284496736f;
+    y = y * t + 0.254829592f;
+    const V tail = 0.5f * (y * t) * fallen(z * z);  // of the Gaussian beyond |x|
+    return larger(x, V{}) - larger(x, -x) * tail;
+}
+
+// y = scale x + shift by channel, of some pixels, followed by SiLU where `activate` says so.
+inline void lined(const float* x, const float* scale, const float* shift, int64_t pixels, int64_t channels, bool activate,
+                  float* y) {
+    for (int64_t p = 0; p < pixels; p++, x += channels, y += channels)
+        for (int64_t ch = 0; ch < channels; ch += PANEL) {
+            V v[2] = {};
+            for (int k = 0; k < VECTORS; k++) {
+                const int64_t at = ch + k * LANES;
+                v[k] = load(x + at) * load(scale + at) + load(shift + at);
+            }
+            if (activate) silu(v[0], v[1]);
+            for (int k = 0; k < VECTORS; k++) store(y + ch + k * LANES, v[k]);
+        }
+}
+
+// The sum over taps of a "ROWS k" times b "k PANEL"; from tap to tap a is `far` numbers on. `done` gets row by row.
+template <typename Done>
+inline void product(const float* a, int64_t far, const float* b, int64_t taps, int64_t k, const Done& done) {
     V sum[ROWS][VECTORS] = {};
     for (int64_t tap = 0; tap < taps; tap++, a += far, b += k * PANEL)
         for (int64_t i = 0; i < k; i++) {
@@ -181,7 +205,7 @@ inline void product(const float* a, int64_t far, const float* b, int64_t taps, i
         }
 #pragma GCC unroll 24
     for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < VECTORS; v++) store(c + r * PANEL + v * LANES, sum[r][v]);
+        for (int v = 0; v < VECTORS; v++) done(r, v, sum[r][v]);
 }
 
 struct Convolution {
@@ -250,7 +274,8 @@ struct Layer : Convolution {
                     float* m = products + ((n - made) * SUMS + k) * place;
                     // rows beyond the last tile hold anything; a block is a multiple of ROWS, so they have a place
                     for (int64_t t = 0; t < count; t += ROWS)
-                        product(a + t * in, SUMS * step, b, highest - lowest + 1, in, m + t * PANEL);
+                        product(a + t * in, SUMS * step, b, highest - lowest + 1, in,
+                                [&](int r, int v, V sum) { store(m + (t + r) * PANEL + v * LANES, sum); });
                 }
             for (int64_t n = made; n < till; n++)
                 finish(clip * length + n, first, count, panel, products + (n - made) * SUMS * place);
@@ -356,6 +381,69 @@ int64_t room(const Convolution* c) { return c->tile == 6 ? Layer<6>(*c).room() :
 
 void convolve(const Convolution* c) { c->tile == 6 ? Layer<6>(*c).compute() : Layer<4>(*c).compute(); }
 
+struct Affine {
+    const float *x, *scale, *shift, *weight, *bias, *add;
+    float *weights, *rooms, *y;
+    int64_t clips, frames, pixels, in, out, taps, gated, block;
+    int64_t by_out, by_in, by_tap;  // strides of `weight`
+    int64_t threads;
+};
+
+void affine(const Affine* given) {
+    const Affine c = *given;
+    const int64_t reach = c.taps / 2, depth = c.taps * c.in, panels = c.out / PANEL;
+    const int64_t blocks = (c.pixels + c.block - 1) / c.block;
+
+#pragma omp parallel num_threads(c.threads)
+    {
+        float* const own = c.rooms + omp_get_thread_num() * c.frames * c.block * c.in;  // "frames block in"
+
+        // `weights` "panels depth PANEL", those of the gate last
+#pragma omp for schedule(static)
+        for (int64_t panel = 0; panel < panels * (c.gated ? 2 : 1); panel++)
+            for (int64_t d = 0; d < depth; d++)
+                for (int64_t o = 0; o < PANEL; o++)
+                    c.weights[(panel * depth + d) * PANEL + o] =
+                        c.weight[(panel * PANEL + o) * c.by_out + d % c.in * c.by_in + d / c.in * c.by_tap];
+
+#pragma omp for schedule(static)
+        for (int64_t job = 0; job < c.clips * blocks; job++) {  // some pixels of all frames of a clip
+            const int64_t clip = job / blocks, part = job % blocks;
+            const int64_t first = part * c.pixels / blocks, count = (part + 1) * c.pixels / blocks - first;
+            const float* x = c.x + (clip * c.frames * c.pixels + first) * c.in;
+            int64_t far = c.pixels * c.in;
+            if (c.scale) {
+                for (int64_t n = 0; n < c.frames; n++)
+                    lined(x + n * far, c.scale + clip * c.in, c.shift + clip * c.in, count, c.in, true, own + n * count * c.in);
+                x = own;
+                far = count * c.in;
+            }
+            for (int64_t panel = 0; panel < panels; panel++)
+                for (int64_t n = 0; n < c.frames; n++) {
+                    const int64_t lowest = std::max<int64_t>(n - reach, 0), taps = std::min(n + reach, c.frames - 1) - lowest + 1;
+                    const float* weights = c.weights + (panel * depth + (lowest - n + reach) * c.in) * PANEL;
+                    const float* bias = c.bias + panel * PANEL;
+                    for (int64_t p = 0; p < count; p += ROWS) {
+                        const int64_t from = std::min(p, count - ROWS);  // the last rows of a block may be computed twice
+                        const float* a = x + lowest * far + from * c.in;
+                        const int64_t to = ((clip * c.frames + n) * c.pixels + first + from) * c.out + panel * PANEL;
+                        V gate[ROWS][VECTORS];
+                        if (c.gated)
+                            product(a, far, weights + panels * depth * PANEL, taps, c.in, [&](int r, int v, V sum) {
+                                gate[r][v] = gelu(sum + load(bias + c.out + v * LANES));
+                            });
+                        product(a, far, weights, taps, c.in, [&](int r, int v, V sum) {
+                            const int64_t at = to + r * c.out + v * LANES;
+                            if (c.bias) sum += load(bias + v * LANES);
+                            if (c.gated) sum *= gate[r][v];
+                            store(c.y + at, c.add ? sum + load(c.add + at) : sum);
+                        });
+                    }
+                }
+        }
+    }
+}
+
 struct Norm {
     const float *x, *weight, *bias;
     float *scale, *shift;
@@ -424,17 +512,9 @@ void line(const Line* given) {
 #pragma omp parallel for num_threads(c.threads) schedule(static)
     for (int64_t job = 0; job < c.clips * parts; job++) {
         const int64_t clip = job / parts, first = clip * c.pixels + job % parts * PART;
-        const int64_t last = std::min(first + PART, (clip + 1) * c.pixels);
-        for (int64_t p = first; p < last; p++)
-            for (int64_t ch = 0; ch < c.channels; ch += PANEL) {
-                V v[2] = {};
-                for (int k = 0; k < VECTORS; k++) {
-                    const int64_t at = clip * c.channels + ch + k * LANES;
-                    v[k] = load(c.x + p * c.channels + ch + k * LANES) * load(c.scale + at) + load(c.shift + at);
-                }
-                if (c.activate) silu(v[0], v[1]);
-                for (int k = 0; k < VECTORS; k++) store(c.y + p * c.channels + ch + k * LANES, v[k]);
-            }
+        const int64_t last = std::min(first + PART, (clip + 1) * c.pixels), at = clip * c.channels;
+        lined(c.x + first * c.channels, c.scale + at, c.shift + at, last - first, c.channels, c.activate,
+              c.y + first * c.channels);
     }
 }
 

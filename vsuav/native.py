@@ -1,5 +1,5 @@
 """The project's own machine code for CPUs, where it was built: 3x3 convolutions in float32 with a quarter or a fifth of
-the multiplications, and group normalisation.
+the multiplications, convolutions over time, linear layers, and group normalisation.
 
 `native.cpp` is compiled when vsuav is installed, once for every kind of CPU. Without a compiler, or on another CPU,
 there is no `KIND`, and the layers do without.
@@ -33,6 +33,14 @@ class _Convolution(ctypes.Structure):
         *((name, c_int64) for name in ("clips", "frames", "height", "width", "inputs", "outputs", "taps", "enlarge")),
         *((name, c_int64) for name in ("tile", "block", "by_out", "by_in", "by_tap", "by_row", "by_column")),
         ("threads", c_int64),
+    ]
+
+
+class _Affine(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "scale", "shift", "weight", "bias", "add", "weights", "rooms", "y")),
+        *((name, c_int64) for name in ("clips", "frames", "pixels", "inputs", "outputs", "taps", "gated", "block")),
+        *((name, c_int64) for name in ("by_out", "by_in", "by_tap", "threads")),
     ]
 
 
@@ -133,6 +141,40 @@ def _tiles(inputs: int, frames: int, height: int, width: int, taps: int) -> tupl
     tiles = -(-height // 4) * -(-width // 4) * (frames if taps == 1 else 1)
     blocks = 2 * -(-tiles // (2 * MOST))
     return 4, BLOCK * -(-tiles // (blocks * BLOCK))
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Is it here that a linear layer or a convolution over time of x, in any layout, is computed fastest?"""
+    return takes(x, weight.shape[0]) and x.numel() >= MANY * weight.shape[1]
+
+
+def affine(
+    m: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = None,
+    norm: tuple[Tensor, Tensor] | None = None, gated: bool = False,
+) -> Tensor:  # fmt: skip
+    """A linear layer of every pixel, or a convolution over time with zero padding (k - 1)/2: m "b t … i" -> "b t … o".
+
+    Args:
+        m: contiguous float32, as are all others but `weight`. A clip has 12 pixels or more.
+        weight: "o i", or "o i k", k odd, which sees (k - 1)/2 frames before and after; in any layout.
+        bias: "o".
+        add: "b t … o", what is added to the result.
+        norm: scale and shift "b i": what is multiplied is SiLU(scale m + shift) instead of m; i is a multiple of 16.
+        gated: the result is a GELU(g), where a and g are the halves of what weight "2o i" and bias "2o" give.
+    """
+    b, t, inputs = m.shape[0], m.shape[1], m.shape[-1]
+    pixels, taps = m[0, 0, ..., 0].numel(), weight.shape[2] if weight.dim() == 3 else 1
+    outputs, block = len(weight) // (2 if gated else 1), min(4 * BLOCK, pixels)
+    strides = weight.stride() if weight.dim() == 3 else (*weight.stride(), 0)
+    (scale, shift), threads = norm or (None, None), torch.get_num_threads()
+    shared, own = len(weight) * taps * inputs, t * block * inputs if norm else 0
+    y = buffers.empty((*m.shape[:-1], outputs), m.dtype)
+    with _scratch(shared + threads * own) as room:
+        _library.affine(ctypes.byref(_Affine(
+            _at(m), _at(scale), _at(shift), _at(weight), _at(bias), _at(add), _at(room), _at(room[shared:]), _at(y),
+            b, t, pixels, inputs, outputs, taps, gated, block, *strides, threads,
+        )))  # fmt: skip
+    return y
 
 
 _spare: list[Tensor] = []
