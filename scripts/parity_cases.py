@@ -8,13 +8,14 @@ from parity_files import Comparison, ParityFile, expect
 from torch import Tensor, nn
 
 from vsuav import checkpoint, color, flow, propagation, schedule, tiling
+from vsuav.attention import relative_bucket
 from vsuav.engine import Engine
 from vsuav.networks import Networks
 from vsuav.settings import Settings
 from vsuav.shots import Shots
 from vsuav.store import Store
 from vsuav.text import TextEncoder
-from vsuav.unet import TemporalModule, Transformer, UNetVideo, relative_bucket
+from vsuav.unet import TemporalModule, Transformer, UNetVideo
 from vsuav.vae import VAE, VAEConfig
 
 Case = tuple[str, Callable[[Comparison], None]]

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vsuav.attention import ROTARY_CHANNELS, relative_bucket
 from vsuav.layers import sinusoid
-from vsuav.unet import ROTARY_CHANNELS, UNetConfig, relative_bucket
+from vsuav.unet import UNetConfig
 from vsuav.vae import VAEConfig
 
 

@@ -15,31 +15,28 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vsuav import layers
-from vsuav.layers import (
+from vsuav.attention import (
     QUERIES,
+    Rotary,
+    SelfAttention,
+    TemporalAttention,
+    TextAttention,
+    attend,
+    relative_bucket,
+)
+from vsuav.layers import (
     JointNorm,
     PlusResBlock,
     ResBlock,
     TimeConv,
     TimeResBlock,
     Up,
-    attend,
     frames,
     lay_out,
     timeline,
     tokens,
 )
-from vsuav.unet import (
-    Rotary,
-    SelfAttention,
-    TemporalAttention,
-    TextAttention,
-    UNetConfig,
-    UNetVideo,
-    relative_bucket,
-    set_temporal,
-    temporal_parameters,
-)
+from vsuav.unet import UNetConfig, UNetVideo, set_temporal, temporal_parameters
 
 SMALL = {
     "block_out_channels": [32, 64, 96],

@@ -25,10 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vsuav import flow
+from vsuav.attention import Rotary
 from vsuav.schedule import Schedule
 from vsuav.text import CLIP, MiniLM, TextEncoder, read_prompts
 from vsuav.tiny import TinyConfig, TinyVAE
-from vsuav.unet import Rotary, UNetConfig, UNetVideo, temporal_parameters
+from vsuav.unet import UNetConfig, UNetVideo, temporal_parameters
 from vsuav.vae import VAE, VAEConfig
 from vsuav.weights import ModelError, bare, digest_tensors, read_tensors
 

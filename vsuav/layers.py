@@ -397,35 +397,6 @@ def lay_out[M: nn.Module](model: M) -> M:
     return model
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
-    """Softmax attention; heads are contiguous slices of the channels.
-
-    q "n i c", k and v "n j c" (n may be 1 there), bias broadcastable to "n heads i j" -> "n i c".
-    """
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    if bias is None and q.dtype is torch.bfloat16 and fused(q, k) and k.shape[2] >= QUERIES and len(k) == len(q):
-        return sliced(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
-
-
-QUERIES = 256
-"""Rows of an attention matrix that are made at a time."""
-
-
-def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of "n heads i d" as products of matrices, some rows at a time -> "n i (heads d)".
-
-    On a CPU torch's own attention is no faster in bfloat16 than in float32; products of matrices are.
-    """
-    n, heads, i, d = q.shape
-    q, out = q * d**-0.5, q.new_empty(n, i, heads, d).transpose(1, 2)
-    for each, key, value, result in zip(q, k, v, out, strict=True):
-        key, value = key.transpose(1, 2).contiguous(), value.contiguous()
-        for rows, place in zip(each.split(QUERIES, 1), result.split(QUERIES, 1), strict=True):
-            place.copy_((rows @ key).softmax(-1) @ value)
-    return out.transpose(1, 2).flatten(2)
-
-
 def sinusoid(timestep: Tensor, width: int) -> Tensor:
     """Architecture 3.1: [cos(t f_i), sin(t f_i)], f_i = 10000^(-i / (width/2)), float32; timestep "b" -> "b width"."""
     half = width // 2

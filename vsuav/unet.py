@@ -4,7 +4,6 @@ Parameter names are the keys of the released checkpoint. Numbers in brackets ref
 description in the documentation.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vsuav.attention import ROTARY_CHANNELS, PreparedContext, Rotary, SelfAttention, TemporalAttention, TextAttention
 from vsuav.layers import (
     Down,
     FrameConv,
@@ -21,7 +21,6 @@ from vsuav.layers import (
     ResBlock,
     TimeResBlock,
     Up,
-    attend,
     check_config,
     clip,
     concat,
@@ -33,10 +32,6 @@ from vsuav.layers import (
     untokens,
     zeroed,
 )
-
-ROTARY_CHANNELS = 32
-BUCKETS = 32
-FARTHEST = 32
 
 
 @dataclass(frozen=True)
@@ -142,150 +137,6 @@ def _attends(kind: str, way: str) -> bool:
     if kind not in kinds:
         raise ValueError(f"UNetConfig: unknown block type {kind!r}; known: {', '.join(kinds)}")
     return kinds[kind]
-
-
-@dataclass(frozen=True)
-class PreparedContext:
-    """Keys and values "b l c" of every attention to the text, by the attention's number: once per prompt."""
-
-    pairs: tuple[tuple[Tensor, Tensor], ...]
-
-
-class TextAttention(nn.Module):
-    """Attention of all pixels to the text; `slot` is its number in a `PreparedContext`."""
-
-    def __init__(self, channels: int, heads: int, context: int, slot: int):
-        super().__init__()
-        self.heads, self.slot = heads, slot
-        self.to_q = Linear(channels, channels, bias=False)
-        self.to_k = Linear(context, channels, bias=False)
-        self.to_v = Linear(context, channels, bias=False)
-        self.to_out = nn.ModuleList([Linear(channels, channels)])
-
-    def pair(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self.to_k(context), self.to_v(context)
-
-    def forward(self, z: Tensor, context: "Tensor | PreparedContext") -> Tensor:
-        """z "(b t) n c", context "b l d" -> "(b t) n c"."""
-        k, v = context.pairs[self.slot] if isinstance(context, PreparedContext) else self.pair(context)
-        q = self.to_q(z).view(len(k), -1, z.shape[-1])
-        return self.to_out[0](attend(q, k, v, self.heads)).view(z.shape)
-
-
-class SelfAttention(nn.Module):
-    """Attention among the pixels of each frame."""
-
-    def __init__(self, channels: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.to_q = Linear(channels, channels, bias=False)
-        self.to_k = Linear(channels, channels, bias=False)
-        self.to_v = Linear(channels, channels, bias=False)
-        self.to_out = nn.ModuleList([Linear(channels, channels)])
-
-    def forward(self, z: Tensor, context: "Tensor | PreparedContext | None" = None) -> Tensor:
-        """z "(b t) n c" -> "(b t) n c"."""
-        return self.to_out[0](attend(self.to_q(z), self.to_k(z), self.to_v(z), self.heads))
-
-
-class Rotary(nn.Module):
-    """The rotary embedding of frame positions. One module, shared by every temporal attention (3.3)."""
-
-    def __init__(self):
-        super().__init__()
-        # on the CPU even where a network is built on the meta device: a power there would load torch's compiler
-        k = torch.arange(ROTARY_CHANNELS // 2, dtype=torch.float32, device="cpu")
-        self.freqs = nn.Parameter(10000.0 ** (-2 * k / ROTARY_CHANNELS))
-
-    def turns(self, t: int) -> Tensor:
-        """exp(i · frame position · frequency), "t 16", complex64."""
-        angle = torch.arange(t, device=self.freqs.device, dtype=torch.float32)[:, None] * self.freqs.float()
-        return torch.polar(torch.ones_like(angle), angle)
-
-
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotates adjacent pairs of the first 32 channels of each head; x "b t n heads d", turns "t 16".
-
-    x is overwritten where no gradient needs it.
-    """
-    head, rest = x.split([ROTARY_CHANNELS, x.shape[-1] - ROTARY_CHANNELS], dim=-1)
-    wide = head.to(torch.promote_types(x.dtype, torch.float32))
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
-    turned = torch.view_as_real(pairs * turns[:, None, None]).flatten(-2).to(x.dtype)
-    if torch.is_grad_enabled():
-        return torch.cat([turned, rest], dim=-1)
-    head.copy_(turned)
-    return x
-
-
-def _buckets(distance: Tensor) -> Tensor:
-    """Architecture 3.3: bucket 0..31 of key frames `distance` behind the query frame, integers of any shape."""
-    half, exact = BUCKETS // 2, BUCKETS // 4
-    m = distance.abs()
-    scale = (half - exact) / math.log(FARTHEST / exact)
-    far = exact + (torch.log(m.clamp(min=1).float() / exact) * scale).floor().long()
-    return torch.where(m < exact, m, far.clamp(max=half - 1)) + half * (distance > 0)
-
-
-_BUCKETS = _buckets(torch.arange(-FARTHEST, FARTHEST + 1, device="cpu")).tolist()
-
-
-def relative_bucket(t: int, device: torch.device | None = None) -> Tensor:
-    """Bucket of (query frame i, key frame j), "t t" integers in 0..31; all from `FARTHEST` frames on share theirs.
-
-    Numbers, not tensor arithmetic: torch's compiler trips over the latter on a GPU (torch 2.11).
-    """
-    place = lambda distance: max(-FARTHEST, min(FARTHEST, distance)) + FARTHEST  # noqa: E731
-    return torch.tensor([[_BUCKETS[place(j - i)] for j in range(t)] for i in range(t)], device=device)
-
-
-class RelativeBias(nn.Module):
-    """A learned addition to the attention scores, by head and distance in time."""
-
-    def __init__(self, heads: int):
-        super().__init__()
-        self.relative_attention_bias = nn.Embedding(BUCKETS, heads)
-
-    def forward(self, t: int) -> Tensor:
-        """The addition for t frames, "1 heads t t"."""
-        table = self.relative_attention_bias.weight
-        return table[relative_bucket(t, table.device)].permute(2, 0, 1)[None]
-
-
-class TemporalAttention(nn.Module):
-    """Attention among the frames at each pixel, with rotary positions and a relative bias (3.3)."""
-
-    def __init__(self, channels: int, heads: int, rotary: Rotary):
-        super().__init__()
-        self.heads = heads
-        self.to_q = Linear(channels, channels, bias=False)
-        self.to_k = Linear(channels, channels, bias=False)
-        self.to_v = Linear(channels, channels, bias=False)
-        self.to_out = nn.ModuleList([zeroed(Linear(channels, channels))])
-        self.time_rel_pos_bias = RelativeBias(heads)
-        self.rotary_emb = rotary
-
-    def forward(self, z: Tensor) -> Tensor:
-        """z "b t n c" -> "b n t c"."""
-        b, t, n, _ = z.shape
-        turns = self.rotary_emb.turns(t)
-        q, k, v = (to(z).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))
-        q, k = rotate(q, turns), rotate(k, turns)
-        # Short windows: two pixels share a sequence, each blind to the other's frames; twice as fast on a CPU.
-        share = 2 if t <= 8 and n % 2 == 0 else 1
-        q, k, v = (x.unflatten(2, (-1, share)).permute(0, 2, 4, 3, 1, 5).flatten(0, 1).flatten(2, 3) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(t, share, q.dtype))
-        out = out.transpose(1, 2).unflatten(0, (b, -1)).flatten(3).view(b, n, t, -1)
-        return self.to_out[0](out)
-
-    def mask(self, t: int, share: int, dtype: torch.dtype) -> Tensor:
-        """The relative bias for `share` sequences of t frames in one, "1 heads (share t) (share t)"."""
-        bias = self.time_rel_pos_bias(t).to(dtype)
-        if share == 1:
-            return bias
-        apart = torch.full_like(bias, -torch.inf)
-        rows = [torch.cat([bias if i == j else apart for j in range(share)], dim=-1) for i in range(share)]
-        return torch.cat(rows, dim=-2)
 
 
 class GEGLU(nn.Module):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vsuav.attention import attend
 from vsuav.color import bicubic
 from vsuav.enlarger import Enlarger
 from vsuav.layers import (
@@ -22,7 +23,6 @@ from vsuav.layers import (
     PlusResBlock,
     ResBlock,
     Up,
-    attend,
     check_config,
     clip,
     concat,
