@@ -1,5 +1,6 @@
 """The project's own machine code against torch in float64, and against the layers without it."""
 
+import _ctypes
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,17 @@ def library(request, tmp_path_factory):
     flags = ["-O1", "-std=c++17", "-DLANES=16", "-mavx2", "-mfma", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
     subprocess.run([compiler, *flags, "-o", file, SOURCE], check=True)
     return native.opened(file)
+
+
+def test_code_from_other_source_is_refused(monkeypatch):
+    with pytest.raises(OSError, match="another native.cpp"):
+        native.opened(Path(_ctypes.__file__))
+    if native.KIND is not None:
+        file = next(Path(native.__file__).parent.glob(f"_native_{native.KIND}.*"))
+        assert native.opened(file).sizes()
+        monkeypatch.setattr(native, "_Line", native._Norm)
+        with pytest.raises(OSError, match="another native.cpp"):
+            native.opened(file)
 
 
 @there

@@ -21,7 +21,8 @@ namespace {
 #define LANES 8
 #endif
 #endif
-// PANEL output channels are multiplied together, for ROWS tiles at a time: as many sums as there are registers for.
+// PANEL output channels are multiplied together, for ROWS tiles at a time: with AVX2, as many sums as there are
+// registers for.
 constexpr int PANEL = 16, VECTORS = PANEL / LANES, ROWS = LANES == 16 ? 12 : 6;
 constexpr int64_t RUN = 8;   // tiles side by side: what they read fits into the nearest cache
 constexpr int64_t DEEP = 3;  // frames of a convolution over three whose results are computed together
@@ -33,7 +34,8 @@ typedef int32_t I __attribute__((vector_size(LANES * 4)));
 inline V load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 inline void store(float* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
 
-// Numbers from the sums of one pixel of a tile to those of the next: not a multiple of what a cache is divided into.
+// Numbers between the starts of two of a tile's sums, or of two of the weights': an odd multiple of 64 bytes, so that
+// they do not compete for the same lines of the cache.
 inline int64_t apart(int64_t block, int64_t channels) { return block * channels + 16; }
 
 // The larger and the smaller; b where one of them is not a number.
@@ -57,19 +59,20 @@ inline V smaller(V a, V b) {
 #endif
 }
 
-// e^-x as 2^t, of which the relative error is |t| units in the last place, at least one; t counts as 62 where it is more, so
-// that the product of two is finite, and as -125 where it is no number, so that its neighbour does not suffer.
+// e^-x as 2^t, of which the relative error is |t| units in the last place, at least one. t counts as 62 where it is
+// more, so that the product of two is finite, and as -125 where it is less or no number, so that its neighbour does not
+// suffer.
 inline V fallen(V x) {
     const V t = smaller(larger(x * -1.44269504088896341f, V{} - 125.0f), V{} + 62.0f);
     const V shifter = V{} + 12582912.0f;  // adding it rounds to an integer, which its low bits then hold
     const V n = t + shifter, r = t - (n - shifter);
     const I power = reinterpret_cast<I>(n) << 23;
-    V y = V{} + 1.3276455e-3f;  // 2^r, of which the greatest relative error is least: 7.5e-8
-    y = y * r + 9.6755400e-3f;
-    y = y * r + 5.5507135e-2f;
-    y = y * r + 2.4022120e-1f;
-    y = y * r + 6.9314694e-1f;
-    y = y * r + 1.0000001f;
+    V y = V{} + 1.3264735e-3f;  // 2^r, 1 where r is 0, within 1.1e-7
+    y = y * r + 9.6715180e-3f;
+    y = y * r + 5.5507340e-2f;
+    y = y * r + 2.4022242e-1f;
+    y = y * r + 6.9314700e-1f;
+    y = y * r + 1.0f;
     return reinterpret_cast<V>(reinterpret_cast<I>(y) + power);
 }
 
@@ -80,7 +83,7 @@ inline void silu(V& a, V& b) {
     b *= both * below_a;
 }
 
-// Winograd's F(TILE, 3): SPAN numbers become as many sums, those of three weights likewise; their products, TILE results.
+// Winograd's F(TILE, 3): SPAN numbers become as many sums, three weights likewise; their products become TILE results.
 template <int TILE>
 struct Winograd;
 
@@ -175,8 +178,8 @@ inline V gelu(V x) {
 }
 
 // y = scale x + shift by channel, of some pixels, followed by SiLU where `activate` says so.
-inline void lined(const float* x, const float* scale, const float* shift, int64_t pixels, int64_t channels, bool activate,
-                  float* y) {
+inline void lined(const float* x, const float* scale, const float* shift, int64_t pixels, int64_t channels,
+                  bool activate, float* y) {
     for (int64_t p = 0; p < pixels; p++, x += channels, y += channels)
         for (int64_t ch = 0; ch < channels; ch += PANEL) {
             V v[2] = {};
@@ -189,7 +192,8 @@ inline void lined(const float* x, const float* scale, const float* shift, int64_
         }
 }
 
-// The sum over taps of a "ROWS k" times b "k PANEL"; from tap to tap a is `far` numbers on. `done` gets row by row.
+// The sum over taps of a "ROWS k" times b "k PANEL"; from tap to tap a is `far` numbers on. `done(row, vector, sum)` is
+// called for every result.
 template <typename Done>
 inline void product(const float* a, int64_t far, const float* b, int64_t taps, int64_t k, const Done& done) {
     V sum[ROWS][VECTORS] = {};
@@ -216,8 +220,9 @@ struct Convolution {
     int64_t threads;
 };
 
-// A piece of work is a block of tiles. Without taps, the tiles of all frames follow one another. With taps, they are those
-// of one frame, and a piece of work is the same block in up to DEEP frames of a clip, which mostly see the same frames.
+// A piece of work is a block of tiles. With one tap, the tiles of all frames follow one another. With three, they are
+// those of one frame, and a piece of work is the same block in up to DEEP frames of a clip, which mostly see the same
+// frames.
 template <int TILE>
 struct Layer : Convolution {
     static constexpr int SPAN = TILE + 2, SUMS = SPAN * SPAN;
@@ -282,7 +287,7 @@ struct Layer : Convolution {
         }
     }
 
-    // The sums of tiles, numbered from those of a frame on.
+    // The sums of tiles first … first + count - 1, counted from the first tile of `frame`.
     void sum_up(int64_t frame, int64_t first, int64_t count, float* to) const {
         for (int64_t t = 0, run; t < count; t += run) {  // runs of tiles side by side share columns
             const int64_t tile = first + t, across = tile % wide, there = frame + tile / (high * wide);
@@ -297,14 +302,15 @@ struct Layer : Convolution {
             const int64_t norm = there / frames * in;
             const auto sum = scale ? (edge ? &Layer::sum<true, true> : &Layer::sum<false, true>)
                                    : (edge ? &Layer::sum<true, false> : &Layer::sum<false, false>);
-            (this->*sum)(lines, left, run, scale + norm, shift + norm, to + t * in);
+            (this->*sum)(lines, left, run, scale ? scale + norm : nullptr, scale ? shift + norm : nullptr, to + t * in);
         }
     }
 
-    // The sums of a run of tiles side by side, from the lines of pixels (or null) and the column where the first begins.
-    // EDGE: columns may lie outside. NORMED: scale, shift and SiLU come before.
+    // The sums of a run of tiles side by side, from the lines of pixels (or null) and the column where the first
+    // begins. EDGE: columns may lie outside. NORMED: scale, shift and SiLU come before.
     template <bool EDGE, bool NORMED>
-    void sum(const float* const* lines, int64_t left, int64_t run, const float* scale, const float* shift, float* to) const {
+    void sum(const float* const* lines, int64_t left, int64_t run, const float* scale, const float* shift,
+             float* to) const {
         for (int64_t ch = 0; ch < in; ch += PANEL) {
             V down[VECTORS][SUMS];  // column by column
             for (int64_t r = 0; r < run; r++) {
@@ -339,7 +345,7 @@ struct Layer : Convolution {
         }
     }
 
-    // The pixels of tiles, numbered from those of a frame on, from one panel's products.
+    // The pixels of tiles first … first + count - 1, counted from the first tile of `frame`, from a panel's products.
     void finish(int64_t frame, int64_t first, int64_t count, int64_t panel, const float* products) const {
         for (int64_t t = 0; t < count; t++) {
             const int64_t tile = first + t, there = frame + tile / (high * wide);
@@ -376,7 +382,9 @@ struct Layer : Convolution {
 extern "C" {
 
 // Numbers `convolve` needs for the weights' sums, and each of its threads for itself.
-int64_t weights_room(const Convolution* c) { return c->tile == 6 ? Layer<6>(*c).weights_room() : Layer<4>(*c).weights_room(); }
+int64_t weights_room(const Convolution* c) {
+    return c->tile == 6 ? Layer<6>(*c).weights_room() : Layer<4>(*c).weights_room();
+}
 int64_t room(const Convolution* c) { return c->tile == 6 ? Layer<6>(*c).room() : Layer<4>(*c).room(); }
 
 void convolve(const Convolution* c) { c->tile == 6 ? Layer<6>(*c).compute() : Layer<4>(*c).compute(); }
@@ -413,18 +421,20 @@ void affine(const Affine* given) {
             const float* x = c.x + (clip * c.frames * c.pixels + first) * c.in;
             int64_t far = c.pixels * c.in;
             if (c.scale) {
+                const float *scale = c.scale + clip * c.in, *shift = c.shift + clip * c.in;
                 for (int64_t n = 0; n < c.frames; n++)
-                    lined(x + n * far, c.scale + clip * c.in, c.shift + clip * c.in, count, c.in, true, own + n * count * c.in);
+                    lined(x + n * far, scale, shift, count, c.in, true, own + n * count * c.in);
                 x = own;
                 far = count * c.in;
             }
             for (int64_t panel = 0; panel < panels; panel++)
                 for (int64_t n = 0; n < c.frames; n++) {
-                    const int64_t lowest = std::max<int64_t>(n - reach, 0), taps = std::min(n + reach, c.frames - 1) - lowest + 1;
+                    const int64_t lowest = std::max<int64_t>(n - reach, 0);
+                    const int64_t taps = std::min(n + reach, c.frames - 1) - lowest + 1;
                     const float* weights = c.weights + (panel * depth + (lowest - n + reach) * c.in) * PANEL;
-                    const float* bias = c.bias + panel * PANEL;
+                    const float* bias = c.bias ? c.bias + panel * PANEL : nullptr;
                     for (int64_t p = 0; p < count; p += ROWS) {
-                        const int64_t from = std::min(p, count - ROWS);  // the last rows of a block may be computed twice
+                        const int64_t from = std::min(p, count - ROWS);  // some of the last rows are computed twice
                         const float* a = x + lowest * far + from * c.in;
                         const int64_t to = ((clip * c.frames + n) * c.pixels + first + from) * c.out + panel * PANEL;
                         V gate[ROWS][VECTORS];
@@ -434,7 +444,7 @@ void affine(const Affine* given) {
                             });
                         product(a, far, weights, taps, c.in, [&](int r, int v, V sum) {
                             const int64_t at = to + r * c.out + v * LANES;
-                            if (c.bias) sum += load(bias + v * LANES);
+                            if (bias) sum += load(bias + v * LANES);
                             if (c.gated) sum *= gate[r][v];
                             store(c.y + at, c.add ? sum + load(c.add + at) : sum);
                         });
@@ -517,5 +527,8 @@ void line(const Line* given) {
               c.y + first * c.channels);
     }
 }
+
+// By which the caller knows that it has the same structures.
+int64_t sizes() { return sizeof(Convolution) | sizeof(Affine) << 10 | sizeof(Norm) << 20 | sizeof(Line) << 30; }
 
 }  // extern "C"

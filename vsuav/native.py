@@ -22,9 +22,11 @@ from torch import Tensor
 from vsuav import buffers
 
 LEAST, MULTIPLE, MANY = 32, 16, 2048
-"""Channels, in and out, from which on convolutions are computed here, what they must be a multiple of, and pixels."""
+"""Least channels, in and out, of convolutions that are computed here; what channels must be a multiple of; least pixels
+of all frames together, or rows of a linear layer."""
 BLOCK, WIDE, MOST = 12, 256, 96
-"""Tiles computed together are a multiple of this, and at most `MOST`, where the input has `WIDE` channels or more."""
+"""Tiles computed together are a multiple of BLOCK, which is also the least number of pixels of a frame over time. Of
+inputs with WIDE channels or more, at most MOST are computed together."""
 
 
 class _Convolution(ctypes.Structure):
@@ -60,10 +62,21 @@ class _Line(ctypes.Structure):
 
 
 def opened(file: Path) -> ctypes.CDLL:
-    """The functions of a compiled native.cpp; torch is loaded by now, and so is the OpenMP that both share."""
+    """The functions of a compiled native.cpp; torch is loaded by now, and so is the OpenMP that both share.
+
+    Raises:
+        OSError: it was built for another system, or from another version of native.cpp.
+    """
     library = ctypes.CDLL(str(file))
-    for function in (library.room, library.weights_room):
-        function.argtypes, function.restype = (c_void_p,), c_int64
+    sizes = sum(ctypes.sizeof(kind) << 10 * i for i, kind in enumerate((_Convolution, _Affine, _Norm, _Line)))
+    try:
+        for function in (library.room, library.weights_room, library.sizes):
+            function.argtypes, function.restype = (c_void_p,), c_int64
+        library.sizes.argtypes = ()
+    except AttributeError as error:
+        raise OSError(f"{file} was built from another native.cpp") from error
+    if library.sizes() != sizes:
+        raise OSError(f"{file} was built from another native.cpp")
     return library
 
 
@@ -73,7 +86,7 @@ def _built() -> tuple[str | None, ctypes.CDLL | None]:
     for suffix in EXTENSION_SUFFIXES:
         file = Path(__file__).with_name(f"_native_{kind}{suffix}")
         if file.is_file():
-            with contextlib.suppress(OSError):  # built for a system that this one is not
+            with contextlib.suppress(OSError):  # built for another system, or from other source
                 return kind, opened(file)
     return None, None
 
@@ -105,7 +118,8 @@ def convolve(
 
     Args:
         m: contiguous float32, as are all others but `weight`.
-        weight: "o i 3 3", or "o i 3 3 3", which sees the frames before and after; in any layout.
+        weight: float32 "o i 3 3", or "o i 3 3 3", which sees the frames before and after; in any layout. i and o are
+            multiples of 16.
         bias: "o".
         add: "b t h w o", what is added to the result.
         norm: scale and shift "b i", before which nothing is activated: without it the convolution is of m itself.
@@ -133,8 +147,8 @@ def _tiles(inputs: int, frames: int, height: int, width: int, taps: int) -> tupl
     """The side of a tile, and how many are computed together.
 
     Few channels: large tiles, as many as the second-level cache holds, of one frame or three. Many: there are more
-    numbers in the weights than in the tiles, and larger tiles would have still more of them; so the tiles are an even
-    number of large blocks of nearly the same size.
+    numbers in the weights than in the tiles, and larger tiles would have still more of them; so the tiles are large
+    blocks of about the same size, an even number of them or nearly.
     """
     if inputs < WIDE:
         return 6, 2 * BLOCK if taps == 1 else BLOCK
@@ -152,12 +166,13 @@ def affine(
     m: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = None,
     norm: tuple[Tensor, Tensor] | None = None, gated: bool = False,
 ) -> Tensor:  # fmt: skip
-    """A linear layer of every pixel, or a convolution over time with zero padding (k - 1)/2: m "b t … i" -> "b t … o".
+    """A linear layer of every pixel, or a convolution over time, zero padding (k - 1)/2, of m "b t … i": "b t … o".
 
     Args:
-        m: contiguous float32, as are all others but `weight`. A clip has 12 pixels or more.
-        weight: "o i", or "o i k", k odd, which sees (k - 1)/2 frames before and after; in any layout.
-        bias: "o".
+        m: contiguous float32, as are all others but `weight`. A frame has `BLOCK` pixels or more.
+        weight: float32 "o i", or "o i k", k odd, which sees (k - 1)/2 frames before and after; in any layout. o is a
+            multiple of 16.
+        bias: "o", or None where nothing is gated.
         add: "b t … o", what is added to the result.
         norm: scale and shift "b i": what is multiplied is SiLU(scale m + shift) instead of m; i is a multiple of 16.
         gated: the result is a GELU(g), where a and g are the halves of what weight "2o i" and bias "2o" give.
@@ -185,6 +200,7 @@ def _scratch(numbers: int) -> Iterator[Tensor]:
     """Memory for the time of a call. It is kept for the next one: fresh memory costs as much as what is done in it."""
     room = _spare.pop() if _spare else None
     if room is None or len(room) < numbers:
+        room = None  # let go of before more is asked for
         room = torch.empty(numbers)
     try:
         yield room
@@ -199,7 +215,8 @@ def unload() -> None:
 
 
 def moments(m: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Scale and shift "b c" that normalise a clip "b t h w c" by groups over all its frames and pixels together.
+    """Scale and shift "b c" that normalise a clip "b t h w c" by groups over all its frames and pixels together; m is
+    contiguous float32, c a multiple of 16.
 
     float32; sums are joined in float64.
     """
