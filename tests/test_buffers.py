@@ -77,6 +77,13 @@ def test_sizes_that_are_no_longer_asked_for_are_freed():
     assert {size: len(rooms) for size, rooms in buffers._spare.items()} == {4 * NUMBERS: 1}
 
 
+def test_what_is_kept_does_not_grow_too_large(monkeypatch):
+    monkeypatch.setattr(buffers, "MOST", 3 * 4 * NUMBERS)
+    held = [buffers.empty((numbers,), torch.float32) for numbers in (NUMBERS, 2 * NUMBERS, NUMBERS)]
+    del held[0], held[0], held[0]
+    assert {size: len(rooms) for size, rooms in buffers._spare.items()} == {4 * NUMBERS: 1, 8 * NUMBERS: 1}
+
+
 def test_threads_do_not_share():
     wrong = []
 

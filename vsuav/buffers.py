@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LARGE = 1 << 20
-"""Bytes from which on memory is kept: of smaller pieces the C library takes care."""
+LARGE, MOST = 1 << 20, 1 << 29
+"""Bytes from which on memory is kept, for of smaller pieces the C library takes care; and most bytes that are kept."""
 ALIGNED = 64
 
 _spare: dict[int, list[np.ndarray]] = {}
-"""Size in bytes -> what nobody holds. Threads only append and pop, each of which is one step."""
+"""Size in bytes -> what nobody holds. Threads only append, pop and list, each of which is one step."""
 _asked: set[int] = set()
 """Sizes asked for since `tidy`."""
 
@@ -34,8 +34,15 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         room = np.empty(size + ALIGNED, np.uint8)
         room = room[-room.ctypes.data % ALIGNED :][:size]
     held = room[:]  # the tensor's memory, and all that share it, hold this and nothing else does
-    weakref.finalize(held, spare.append, room).atexit = False
+    weakref.finalize(held, _keep, spare, room).atexit = False
     return torch.from_numpy(held).view(dtype).view(shape)
+
+
+def _keep(spare: list[np.ndarray], room: np.ndarray) -> None:
+    """Back to its list, unless too much is kept: where frames are large, memory is worth more than a twentieth of the
+    time."""
+    if sum(size * len(rooms) for size, rooms in list(_spare.items())) + len(room) <= MOST:
+        spare.append(room)
 
 
 def tidy() -> None:
