@@ -1,6 +1,5 @@
 """The project's own machine code against torch in float64, and against the layers without it."""
 
-import _ctypes
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -74,7 +73,7 @@ def library(request, tmp_path_factory):
 
 def test_code_from_other_source_is_refused(monkeypatch):
     with pytest.raises(OSError, match="another native.cpp"):
-        native.opened(Path(_ctypes.__file__))
+        native.opened(Path(torch._C.__file__))
     if native.KIND is not None:
         file = next(Path(native.__file__).parent.glob(f"_native_{native.KIND}.*"))
         assert native.opened(file).sizes()
