@@ -93,12 +93,17 @@ def fused(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def as_frame(x: Tensor) -> Tensor:
+    """From "… i" to "1 1 n i", contiguous: as if all were pixels of one frame."""
+    return x.contiguous().view(1, 1, -1, x.shape[-1])
+
+
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
     """x "… i" -> x weightᵀ + bias + add "… o"."""
     if fused(x, weight):
         if native.multiplies(x, weight):
-            m = x.contiguous().view(1, 1, -1, x.shape[-1])
-            return native.affine(m, weight, bias, None if add is None else add.contiguous()).view(*x.shape[:-1], -1)
+            y = native.affine(as_frame(x), weight, bias, None if add is None else as_frame(add))
+            return y.view(*x.shape[:-1], -1)
         if add is None:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(x, add.contiguous(), weight, bias, "add")
@@ -109,10 +114,9 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = 
 def gated(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """a GELU(g), exact GELU, where (a, g) are the halves of x weightᵀ + bias."""
     if fused(x, weight):
-        if native.multiplies(x, weight[::2]):
-            m = x.contiguous().view(1, 1, -1, x.shape[-1])
-            return native.affine(m, weight, bias, gated=True).view(*x.shape[:-1], -1)
         (weight_a, weight_g), (bias_a, bias_g) = weight.chunk(2), bias.chunk(2)
+        if native.multiplies(x, weight_a):
+            return native.affine(as_frame(x), weight, bias, gated=True).view(*x.shape[:-1], -1)
         gate = torch.ops.mkldnn._linear_pointwise(x, weight_g, bias_g, "gelu", [], "none")
         return torch.ops.mkldnn._linear_pointwise.binary(x, gate, weight_a, bias_a, "mul")
     a, g = F.linear(x, weight, bias).chunk(2, dim=-1)

@@ -69,14 +69,12 @@ def opened(file: Path) -> ctypes.CDLL:
     """
     library = ctypes.CDLL(str(file))
     sizes = sum(ctypes.sizeof(kind) << 10 * i for i, kind in enumerate((_Convolution, _Affine, _Norm, _Line)))
-    try:
-        for function in (library.room, library.weights_room, library.sizes):
-            function.argtypes, function.restype = (c_void_p,), c_int64
-        library.sizes.argtypes = ()
-    except AttributeError as error:
-        raise OSError(f"{file} was built from another native.cpp") from error
-    if library.sizes() != sizes:
+    if hasattr(library, "sizes"):
+        library.sizes.restype = c_int64
+    if not hasattr(library, "sizes") or library.sizes() != sizes:
         raise OSError(f"{file} was built from another native.cpp")
+    for function in (library.room, library.weights_room):
+        function.argtypes, function.restype = (c_void_p,), c_int64
     return library
 
 
