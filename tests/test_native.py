@@ -115,9 +115,12 @@ def test_many_channels_and_many_blocks(library, monkeypatch, inputs, volume):
     monkeypatch.setattr(native, "_library", library)
     torch.manual_seed(0)
     m, bias = torch.randn(1, 5, 45, 50, inputs), torch.randn(64)
-    weight = torch.randn(64, inputs, *[3] * (2 + volume)) / (9 * inputs) ** 0.5
-    ours = (native.convolve(m, weight, bias) - exact(m, weight, bias)).square().mean().sqrt()
-    assert ours < 1e-5  # of results of the size of 1 to 2
+    weight = torch.randn(64, inputs, *[3] * (2 + volume))
+    weight /= weight[0].numel() ** 0.5
+    truth, flat = exact(m, weight, bias), weight if volume else weight[:, :, None]
+    ours = (native.convolve(m, weight, bias) - truth).square().mean().sqrt()
+    theirs = (memory(F.conv3d(video(m), flat, bias, padding=(int(volume), 1, 1))) - truth).square().mean().sqrt()
+    assert ours < 5e-6 and ours < (20 if inputs == 48 else 10) * theirs
 
 
 @there
