@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from vsuav import native
 from vsuav.checkpoint import load, locate
 from vsuav.engine import Engine
+from vsuav.enlarger import Plain
 from vsuav.layers import (
     FrameConv,
     JointNorm,
@@ -45,7 +46,7 @@ def nearly(result, truth, share=4e-5):
     assert (result - truth).abs().max() <= share * max(1.0, truth.abs().max().item())
 
 
-def exact(m, weight, bias, add=None, norm=None, enlarge=1):
+def exact(m, weight, bias, add=None, norm=None, enlarge=1, activate=False):
     """What `native.convolve` promises, in float64, by torch's own operations."""
     x = video(m).double()
     if norm is not None:
@@ -54,7 +55,8 @@ def exact(m, weight, bias, add=None, norm=None, enlarge=1):
     x = F.interpolate(x, scale_factor=(1, enlarge, enlarge), mode="nearest")
     weight = weight if weight.dim() == 5 else weight[:, :, None]
     y = F.conv3d(x, weight.double(), bias.double(), padding=(weight.shape[2] // 2, 1, 1))
-    return memory(y if add is None else y + video(add).double())
+    y = y if add is None else y + video(add).double()
+    return memory(F.silu(y) if activate else y)
 
 
 @pytest.fixture(scope="module", params=["this CPU's", "16 at a time"])
@@ -87,10 +89,11 @@ def test_code_from_other_source_is_refused(monkeypatch):
 @given(
     b=st.integers(1, 2), t=st.integers(1, 7), h=st.integers(1, 15), w=st.integers(1, 15),
     inputs=st.sampled_from([16, 32, 48]), outputs=st.sampled_from([16, 32]), volume=st.booleans(), added=st.booleans(),
-    normed=st.booleans(), enlarge=st.sampled_from([1, 2]), columns_first=st.booleans(), seed=st.integers(0, 9),
+    normed=st.booleans(), enlarge=st.sampled_from([1, 2]), activate=st.booleans(), columns_first=st.booleans(),
+    seed=st.integers(0, 9),
 )  # fmt: skip
 def test_convolutions_of_any_size(
-    library, b, t, h, w, inputs, outputs, volume, added, normed, enlarge, columns_first, seed
+    library, b, t, h, w, inputs, outputs, volume, added, normed, enlarge, activate, columns_first, seed
 ):
     torch.manual_seed(seed)
     taps = (3, 3, 3) if volume else (3, 3)
@@ -102,8 +105,8 @@ def test_convolutions_of_any_size(
     norm = (torch.rand(b, inputs) + 0.5, torch.randn(b, inputs)) if normed else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "_library", library)
-        y = native.convolve(m, weight, bias, add, norm, enlarge)
-    truth = exact(m, weight, bias, add, norm, enlarge)
+        y = native.convolve(m, weight, bias, add, norm, enlarge, activate)
+    truth = exact(m, weight, bias, add, norm, enlarge, activate)
     assert y.shape == truth.shape
     nearly(y, truth)
 
@@ -240,6 +243,7 @@ def test_calls_at_the_same_time_do_not_disturb_each_other():
 
 LAYERS = {
     "frame": lambda: FrameConv(48, 32, 3, padding=1),
+    "activated": lambda: Plain(48, 32),
     "volume": lambda: VolumeConv(32, 48, 3, padding=1),
     "time": lambda: TimeConv(48, 48, 3),
     "single pixels": lambda: FrameConv(48, 32, 1),

@@ -31,7 +31,7 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x "b c t h w"."""
-        return self.conv2(F.silu(self.conv1(x), inplace=not torch.is_grad_enabled()), add=x)
+        return self.conv2(self.conv1.activated(x), add=x)
 
 
 class Enlarger(nn.Module):

@@ -237,6 +237,12 @@ class Conv(nn.Module):
 class FrameConv(Conv, nn.Conv2d):
     """A 2-D convolution of every frame of "b c t h w"."""
 
+    def activated(self, x: Tensor) -> Tensor:
+        """SiLU of what it gives."""
+        if fused(x, self.weight) and self.native_pays(x):
+            return video(native.convolve(memory(x), self.weight, self.bias, activate=True))
+        return F.silu(self(x), inplace=not torch.is_grad_enabled())
+
     def convolve(self, x: Tensor, bias: Tensor) -> Tensor:
         y = frames(x)
         if self.small() and fused(x, self.weight) and winograd.pays(y, self.weight):

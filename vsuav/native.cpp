@@ -217,6 +217,7 @@ struct Convolution {
     float *weights, *rooms, *y;
     int64_t clips, frames, height, width, in, out, taps, enlarge, tile, block;
     int64_t by_out, by_in, by_tap, by_row, by_column;  // strides of `weight`
+    int64_t activate;                                  // the result
     int64_t threads;
 };
 
@@ -357,9 +358,12 @@ struct Layer : Convolution {
                 const V offset = load(bias + panel * PANEL + v);
                 for (int i = 0; i < TILE && top + i < rows; i++) {
                     Winograd<TILE>::results(down + i, TILE, r);
-                    int64_t at = ((there * rows + top + i) * columns + left) * out + panel * PANEL + v;
-                    for (int j = 0; j < TILE && left + j < columns; j++, at += out)
-                        store(y + at, add ? r[j] + offset + load(add + at) : r[j] + offset);
+                    const int64_t at = ((there * rows + top + i) * columns + left) * out + panel * PANEL + v;
+                    const int64_t inside = std::min<int64_t>(TILE, columns - left);
+                    for (int j = 0; j < TILE; j++) r[j] += offset;
+                    for (int j = 0; add && j < inside; j++) r[j] += load(add + at + j * out);
+                    for (int j = 0; activate && j < TILE; j += 2) silu(r[j], r[j + 1]);
+                    for (int j = 0; j < inside; j++) store(y + at + j * out, r[j]);
                 }
             }
         }

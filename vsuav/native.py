@@ -34,8 +34,8 @@ class _Convolution(ctypes.Structure):
         *((name, c_void_p) for name in ("x", "scale", "shift", "weight", "bias", "add", "weights", "rooms", "y")),
         *((name, c_int64) for name in ("clips", "frames", "height", "width", "inputs", "outputs", "taps", "enlarge")),
         *((name, c_int64) for name in ("tile", "block", "by_out", "by_in", "by_tap", "by_row", "by_column")),
-        ("threads", c_int64),
-    ]
+        ("activate", c_int64), ("threads", c_int64),
+    ]  # fmt: skip
 
 
 class _Affine(ctypes.Structure):
@@ -110,7 +110,7 @@ def pays(x: Tensor, weight: Tensor) -> bool:
 
 def convolve(
     m: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None = None,
-    norm: tuple[Tensor, Tensor] | None = None, enlarge: int = 1,
+    norm: tuple[Tensor, Tensor] | None = None, enlarge: int = 1, activate: bool = False,
 ) -> Tensor:
     """conv(SiLU(scale m + shift)) + bias + add, zero padding 1, of a clip in memory order "b t h w i": "b t h w o".
 
@@ -123,6 +123,7 @@ def convolve(
         norm: scale and shift "b i", before which nothing is activated: without it the convolution is of m itself.
         enlarge: by how much m is enlarged, by nearest neighbour, before it is convolved; then h and w of the result are
             so many times as large.
+        activate: the result is SiLU of all that.
     """
     b, t, h, w, inputs = m.shape
     outputs, taps = len(weight), weight.shape[2] if weight.dim() == 5 else 1
@@ -132,7 +133,7 @@ def convolve(
     y = buffers.empty((b, t, h * enlarge, w * enlarge, outputs), m.dtype)
     call = _Convolution(
         _at(m), _at(scale), _at(shift), _at(weight), _at(bias), _at(add), None, None, _at(y),
-        b, t, h, w, inputs, outputs, taps, enlarge, tile, block, *strides, threads := torch.get_num_threads(),
+        b, t, h, w, inputs, outputs, taps, enlarge, tile, block, *strides, activate, threads := torch.get_num_threads(),
     )  # fmt: skip
     shared, own = _library.weights_room(ctypes.byref(call)), _library.room(ctypes.byref(call))
     with _scratch(shared + threads * own) as room:
