@@ -36,7 +36,7 @@ find_python() {
 
 # What the environment was made from: another answer means that it must be brought up to date.
 environment_stamp() {
-    { pwd; cat pyproject.toml setup.cfg .python-version vsuav/native.cpp; } | sha256sum | cut -d ' ' -f 1
+    { pwd; cat pyproject.toml setup.cfg .python-version vsuav/native*.{cpp,h}; } | sha256sum | cut -d ' ' -f 1
 }
 
 # Leaves a complete .venv in the current folder (the checkout). One at a time: a second call waits for the first.

@@ -28,7 +28,7 @@ esac
 def checkout(tmp_path):
     """A folder with what environment.sh reads, and a PATH on which the only Python is the played one."""
     (tmp_path / "vsuav").mkdir()
-    for name in ("pyproject.toml", "setup.cfg", ".python-version", "vsuav/native.cpp"):
+    for name in ("pyproject.toml", "setup.cfg", ".python-version", "vsuav/native.cpp", "vsuav/native.h"):
         shutil.copy(ROOT / name, tmp_path / name)
     tools = tmp_path / "tools"
     tools.mkdir()

@@ -34,7 +34,7 @@ from vsuav.store import Store
 from vsuav.turns import working_threads
 
 there = pytest.mark.skipif(native.KIND is None, reason="this CPU has no machine code here, or it was not compiled")
-SOURCE = Path(native.__file__).with_name("native.cpp")
+SOURCES = [Path(native.__file__).with_name(name) for name in ("native.cpp", "native_attention.cpp")]
 
 
 def clip_of(b, c, t, h, w):
@@ -69,18 +69,18 @@ def library(request, tmp_path_factory):
         pytest.skip("needs g++")
     file = tmp_path_factory.mktemp("native") / "wide.so"
     flags = ["-O1", "-std=c++17", "-DLANES=16", "-mavx2", "-mfma", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
-    subprocess.run([compiler, *flags, "-o", file, SOURCE], check=True)
+    subprocess.run([compiler, *flags, "-o", file, *SOURCES], check=True)
     return native.opened(file)
 
 
 def test_code_from_other_source_is_refused(monkeypatch):
-    with pytest.raises(OSError, match="another native.cpp"):
+    with pytest.raises(OSError, match="other source"):
         native.opened(Path(torch._C.__file__))
     if native.KIND is not None:
         file = next(Path(native.__file__).parent.glob(f"_native_{native.KIND}.*"))
         assert native.opened(file).sizes()
         monkeypatch.setattr(native, "_Line", native._Norm)
-        with pytest.raises(OSError, match="another native.cpp"):
+        with pytest.raises(OSError, match="other source"):
             native.opened(file)
 
 
@@ -201,8 +201,50 @@ def test_gelu_over_all_floats(library, monkeypatch):
     assert ((y[0, 0, :, 0] - F.gelu(x.double())).abs() <= 3e-7 * x.abs()).all()
 
 
+def attended(q, k, v, heads):
+    """What `native.attend` promises, in float64."""
+    q, k, v = (x.double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@there
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 2), queries=st.integers(1, 130), keys=st.one_of(st.integers(1, 40), st.integers(200, 700)),
+    heads=st.integers(1, 3), size=st.sampled_from([16, 48, 64]), spread=st.sampled_from([0.1, 1.0, 30.0]),
+    offset=st.sampled_from([0.0, 100.0]), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_attention(library, n, queries, keys, heads, size, spread, offset, seed):
+    """Also where one score is far larger than all others, and where a common part makes all large."""
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(n, rows, heads * size) for rows in (queries, keys, keys))
+    q *= spread
+    k[..., 0] += offset
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_library", library)
+        y = native.attend(q, k, v, heads)
+    scores = spread * (10 + offset)
+    nearly(y, attended(q, k, v, heads), 4e-6 + 4e-7 * scores)
+
+
+@there
+def test_attention_from_low_to_high_scores(library, monkeypatch):
+    """Every block of keys outweighs those before it; or none counts but the first."""
+    monkeypatch.setattr(native, "_library", library)
+    torch.manual_seed(0)
+    q, v = torch.ones(1, 50, 16), torch.randn(1, 1000, 16)
+    k = torch.linspace(-60, 60, 1000)[:, None].expand(-1, 16)[None]
+    for keys in (k, k.flip(1)):
+        nearly(native.attend(q, keys, v, 1), attended(q, keys, v, 1), 1e-4)
+
+
 @there
 def test_what_is_not_a_number_stays_so():
+    q = torch.randn(1, 60, 16)
+    k = q.clone()
+    q[0, 7, 3] = torch.nan
+    assert native.attend(q, k, k, 1).isnan().all(2)[0].tolist() == [i == 7 for i in range(60)]
+    assert native.attend(k, q, k, 1).isnan().all()
     m = torch.zeros(1, 1, 6, 6, 16)
     m[0, 0, 3, 3, 5] = torch.nan
     ones, zeros = torch.ones(1, 16), torch.zeros(1, 16)
@@ -222,7 +264,11 @@ def test_bits_do_not_depend_on_threads(volume):
         with working_threads(threads), torch.no_grad():
             line = norm.line(m)
             over_time = native.affine(m, weight[..., 1, 1], bias, norm=line)
-            results.append((*line, native.line(m, *line, True), native.convolve(m, weight, bias, norm=line), over_time))
+            q = m[:, 0].flatten(1, 2)
+            results.append((
+                *line, native.line(m, *line, True), native.convolve(m, weight, bias, norm=line), over_time,
+                native.attend(q, q, q, 3),
+            ))  # fmt: skip
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 

@@ -5,83 +5,22 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
-#include <immintrin.h>
 #include <omp.h>
+
+#include "native.h"
+
+extern "C" int64_t attention_sizes();
 
 namespace {
 
-#ifndef LANES
-#ifdef __AVX512F__
-#define LANES 16
-#else
-#define LANES 8
-#endif
-#endif
-// PANEL output channels are multiplied together, for ROWS tiles at a time: with AVX2, as many sums as there are
-// registers for.
-constexpr int PANEL = 16, VECTORS = PANEL / LANES, ROWS = LANES == 16 ? 12 : 6;
 constexpr int64_t RUN = 8;   // tiles side by side: what they read fits into the nearest cache
 constexpr int64_t DEEP = 3;  // frames of a convolution over three whose results are computed together
-
-typedef float V __attribute__((vector_size(LANES * 4)));
-typedef float Unaligned __attribute__((vector_size(LANES * 4), aligned(4)));
-typedef int32_t I __attribute__((vector_size(LANES * 4)));
-
-inline V load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
-inline void store(float* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
 
 // Numbers between the starts of two of a tile's sums, or of two of the weights': an odd multiple of 64 bytes, so that
 // they do not compete for the same lines of the cache.
 inline int64_t apart(int64_t block, int64_t channels) { return block * channels + 16; }
-
-// The larger and the smaller; b where one of them is not a number.
-inline V larger(V a, V b) {
-#if LANES == 16 && defined(__AVX512F__)
-    return _mm512_max_ps(a, b);
-#elif LANES == 8
-    return _mm256_max_ps(a, b);
-#else
-    return a > b ? a : b;
-#endif
-}
-
-inline V smaller(V a, V b) {
-#if LANES == 16 && defined(__AVX512F__)
-    return _mm512_min_ps(a, b);
-#elif LANES == 8
-    return _mm256_min_ps(a, b);
-#else
-    return a < b ? a : b;
-#endif
-}
-
-// e^-x as 2^t, of which the relative error is |t| units in the last place, at least one. t counts as 62 where it is
-// more, so that the product of two is finite, and as -125 where it is less or no number, so that its neighbour does not
-// suffer.
-inline V fallen(V x) {
-    const V t = smaller(larger(x * -1.44269504088896341f, V{} - 125.0f), V{} + 62.0f);
-    const V shifter = V{} + 12582912.0f;  // adding it rounds to an integer, which its low bits then hold
-    const V n = t + shifter, r = t - (n - shifter);
-    const I power = reinterpret_cast<I>(n) << 23;
-    V y = V{} + 1.3264735e-3f;  // 2^r, 1 where r is 0, within 1.1e-7
-    y = y * r + 9.6715180e-3f;
-    y = y * r + 5.5507340e-2f;
-    y = y * r + 2.4022242e-1f;
-    y = y * r + 6.9314700e-1f;
-    y = y * r + 1.0f;
-    return reinterpret_cast<V>(reinterpret_cast<I>(y) + power);
-}
-
-// SiLU of two: a division is as dear as ten products.
-inline void silu(V& a, V& b) {
-    const V below_a = 1.0f + fallen(a), below_b = 1.0f + fallen(b), both = 1.0f / (below_a * below_b);
-    a *= both * below_b;
-    b *= both * below_a;
-}
 
 // Winograd's F(TILE, 3): SPAN numbers become as many sums, three weights likewise; their products become TILE results.
 template <int TILE>
@@ -166,17 +105,6 @@ struct Winograd<6> {  // at 0, 1, -1, 2, -2, 1/2, -1/2 and infinity
     }
 };
 
-// Exact GELU: x (1 + erf(x / sqrt 2)) / 2, with 7.1.26 of Abramowitz and Stegun, whose error is at most 1.5e-7.
-inline V gelu(V x) {
-    const V z = larger(x, -x) * 0.70710678f, t = 1.0f / (z * 0.3275911f + 1.0f);
-    V y = t * 1.061405429f - 1.453152027f;
-    y = y * t + 1.421413741f;
-    y = y * t - 0.284496736f;
-    y = y * t + 0.254829592f;
-    const V tail = 0.5f * (y * t) * fallen(z * z);  // of the Gaussian beyond |x|
-    return larger(x, V{}) - larger(x, -x) * tail;
-}
-
 // y = scale x + shift by channel, of some pixels, followed by SiLU where `activate` says so.
 inline void lined(const float* x, const float* scale, const float* shift, int64_t pixels, int64_t channels,
                   bool activate, float* y) {
@@ -190,26 +118,6 @@ inline void lined(const float* x, const float* scale, const float* shift, int64_
             if (activate) silu(v[0], v[1]);
             for (int k = 0; k < VECTORS; k++) store(y + ch + k * LANES, v[k]);
         }
-}
-
-// The sum over taps of a "ROWS k" times b "k PANEL"; from tap to tap a is `far` numbers on. `done(row, vector, sum)` is
-// called for every result.
-template <typename Done>
-inline void product(const float* a, int64_t far, const float* b, int64_t taps, int64_t k, const Done& done) {
-    V sum[ROWS][VECTORS] = {};
-    for (int64_t tap = 0; tap < taps; tap++, a += far, b += k * PANEL)
-        for (int64_t i = 0; i < k; i++) {
-            V right[VECTORS];
-            for (int v = 0; v < VECTORS; v++) right[v] = load(b + i * PANEL + v * LANES);
-#pragma GCC unroll 24
-            for (int r = 0; r < ROWS; r++) {
-                const float left = a[r * k + i];
-                for (int v = 0; v < VECTORS; v++) sum[r][v] += left * right[v];
-            }
-        }
-#pragma GCC unroll 24
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < VECTORS; v++) done(r, v, sum[r][v]);
 }
 
 struct Convolution {
@@ -533,6 +441,8 @@ void line(const Line* given) {
 }
 
 // By which the caller knows that it has the same structures.
-int64_t sizes() { return sizeof(Convolution) | sizeof(Affine) << 10 | sizeof(Norm) << 20 | sizeof(Line) << 30; }
+int64_t sizes() {
+    return sizeof(Convolution) | sizeof(Affine) << 10 | sizeof(Norm) << 20 | sizeof(Line) << 30 | attention_sizes() << 40;
+}
 
 }  // extern "C"

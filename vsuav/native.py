@@ -1,8 +1,8 @@
 """The project's own machine code for CPUs, where it was built: 3x3 convolutions in float32 with a quarter or a fifth of
-the multiplications, convolutions over time, linear layers, and group normalisation.
+the multiplications, convolutions over time, linear layers, group normalisation, and attention.
 
-`native.cpp` is compiled when vsuav is installed, once for every kind of CPU. Without a compiler, or on another CPU,
-there is no `KIND`, and the layers do without.
+`native.cpp` and `native_attention.cpp` are compiled when vsuav is installed, once for every kind of CPU. Without a
+compiler, or on another CPU, there is no `KIND`, and the layers do without.
 
 The convolutions are F(4x4, 3x3), as in winograd.py, or F(6x6, 3x3) of Lavin and Gray (CVPR 2016, arXiv 1509.09308),
 with everything that surrounds them: what is normalised, activated, enlarged and summed up is computed on the way, so
@@ -61,19 +61,27 @@ class _Line(ctypes.Structure):
     ]
 
 
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "k", "v", "rooms", "y")),
+        *((name, c_int64) for name in ("clips", "queries", "keys", "heads", "size", "threads")),
+    ]
+
+
 def opened(file: Path) -> ctypes.CDLL:
-    """The functions of a compiled native.cpp; torch is loaded by now, and so is the OpenMP that both share.
+    """The functions of the compiled code; torch is loaded by now, and so is the OpenMP that both share.
 
     Raises:
-        OSError: it was built for another system, or from another version of native.cpp.
+        OSError: it was built for another system, or from other source.
     """
     library = ctypes.CDLL(str(file))
-    sizes = sum(ctypes.sizeof(kind) << 10 * i for i, kind in enumerate((_Convolution, _Affine, _Norm, _Line)))
+    kinds = _Convolution, _Affine, _Norm, _Line, _Attention
+    sizes = sum(ctypes.sizeof(kind) << 10 * i for i, kind in enumerate(kinds))
     if hasattr(library, "sizes"):
         library.sizes.restype = c_int64
     if not hasattr(library, "sizes") or library.sizes() != sizes:
-        raise OSError(f"{file} was built from another native.cpp")
-    for function in (library.room, library.weights_room):
+        raise OSError(f"{file} was built from other source")
+    for function in (library.room, library.weights_room, library.attend_room):
         function.argtypes, function.restype = (c_void_p,), c_int64
     return library
 
@@ -234,4 +242,26 @@ def line(m: Tensor, scale: Tensor, shift: Tensor, act: bool) -> Tensor:
     _library.line(ctypes.byref(_Line(
         _at(m), _at(scale), _at(shift), _at(y), len(m), m[0, ..., 0].numel(), m.shape[-1], act, torch.get_num_threads(),
     )))  # fmt: skip
+    return y
+
+
+def attends(q: Tensor, k: Tensor, heads: int) -> bool:
+    """Is it here that attention of q "n i c" to k "n j c" is computed fastest?"""
+    return takes(q, q.shape[-1] // heads) and len(q) == len(k) and q[..., 0].numel() >= MANY
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Softmax attention of q "n i c" to k and v "n j c", float32 -> "n i c".
+
+    Heads are contiguous slices of the channels, of a multiple of 16.
+    """
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    n, queries, c = q.shape
+    y = buffers.empty(q.shape, q.dtype)
+    call = _Attention(
+        _at(q), _at(k), _at(v), None, _at(y), n, queries, k.shape[1], heads, c // heads, torch.get_num_threads()
+    )
+    with _scratch(_library.attend_room(ctypes.byref(call))) as room:
+        call.rooms = _at(room)
+        _library.attend(ctypes.byref(call))
     return y

@@ -1,0 +1,108 @@
+// What all of this project's machine code for CPUs is made of: vectors of LANES floats and the functions of them, and
+// the product of matrices.
+
+#pragma once
+
+#include <cstdint>
+
+#include <immintrin.h>
+
+namespace {
+
+#ifndef LANES
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+#endif
+// PANEL output channels are multiplied together, for ROWS tiles at a time: with AVX2, as many sums as there are
+// registers for.
+constexpr int PANEL = 16, VECTORS = PANEL / LANES, ROWS = LANES == 16 ? 12 : 6;
+
+typedef float V __attribute__((vector_size(LANES * 4)));
+typedef float Unaligned __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef int32_t I __attribute__((vector_size(LANES * 4)));
+
+inline V load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+inline void store(float* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
+
+// The larger and the smaller; b where one of them is not a number.
+inline V larger(V a, V b) {
+#if LANES == 16 && defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif LANES == 8
+    return _mm256_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+inline V smaller(V a, V b) {
+#if LANES == 16 && defined(__AVX512F__)
+    return _mm512_min_ps(a, b);
+#elif LANES == 8
+    return _mm256_min_ps(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
+// 2^t within 1.1e-7 of itself, 1 where t is 0; t lies within 126 of 0 or is no number.
+inline V two_to(V t) {
+    const V shifter = V{} + 12582912.0f;  // adding it rounds to an integer, which its low bits then hold
+    const V n = t + shifter, r = t - (n - shifter);
+    const I power = reinterpret_cast<I>(n) << 23;
+    V y = V{} + 1.3264735e-3f;
+    y = y * r + 9.6715180e-3f;
+    y = y * r + 5.5507340e-2f;
+    y = y * r + 2.4022242e-1f;
+    y = y * r + 6.9314700e-1f;
+    y = y * r + 1.0f;
+    return reinterpret_cast<V>(reinterpret_cast<I>(y) + power);
+}
+
+// e^-x as 2^t, of which the relative error is |t| units in the last place, at least one. t counts as 62 where it is
+// more, so that the product of two is finite, and as -125 where it is less or no number, so that its neighbour does not
+// suffer.
+inline V fallen(V x) { return two_to(smaller(larger(x * -1.44269504088896341f, V{} - 125.0f), V{} + 62.0f)); }
+
+// SiLU of two: a division is as dear as ten products.
+inline void silu(V& a, V& b) {
+    const V below_a = 1.0f + fallen(a), below_b = 1.0f + fallen(b), both = 1.0f / (below_a * below_b);
+    a *= both * below_b;
+    b *= both * below_a;
+}
+
+// Exact GELU: x (1 + erf(x / sqrt 2)) / 2, with 7.1.26 of Abramowitz and Stegun, whose error is at most 1.5e-7.
+inline V gelu(V x) {
+    const V z = larger(x, -x) * 0.70710678f, t = 1.0f / (z * 0.3275911f + 1.0f);
+    V y = t * 1.061405429f - 1.453152027f;
+    y = y * t + 1.421413741f;
+    y = y * t - 0.284496736f;
+    y = y * t + 0.254829592f;
+    const V tail = 0.5f * (y * t) * fallen(z * z);  // of the Gaussian beyond |x|
+    return larger(x, V{}) - larger(x, -x) * tail;
+}
+
+// The sum over taps of a "ROWS k" times b "k PANEL"; from tap to tap a is `far` numbers on. `done(row, vector, sum)` is
+// called for every result.
+template <typename Done>
+inline void product(const float* a, int64_t far, const float* b, int64_t taps, int64_t k, const Done& done) {
+    V sum[ROWS][VECTORS] = {};
+    for (int64_t tap = 0; tap < taps; tap++, a += far, b += k * PANEL)
+        for (int64_t i = 0; i < k; i++) {
+            V right[VECTORS];
+            for (int v = 0; v < VECTORS; v++) right[v] = load(b + i * PANEL + v * LANES);
+#pragma GCC unroll 24
+            for (int r = 0; r < ROWS; r++) {
+                const float left = a[r * k + i];
+                for (int v = 0; v < VECTORS; v++) sum[r][v] += left * right[v];
+            }
+        }
+#pragma GCC unroll 24
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) done(r, v, sum[r][v]);
+}
+
+}  // namespace
