@@ -131,17 +131,29 @@ def test_many_channels_and_many_blocks(library, monkeypatch, inputs, volume):
 @given(
     b=st.integers(1, 2), t=st.integers(1, 3), h=st.integers(1, 40), w=st.integers(1, 40),
     channels=st.sampled_from([16, 48]), groups=st.sampled_from([1, 2, 8]), act=st.booleans(),
-    offset=st.sampled_from([0.0, 300.0]), seed=st.integers(0, 9),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]), offset=st.sampled_from([0.0, 300.0]), seed=st.integers(0, 9),
 )  # fmt: skip
-def test_norms(library, b, t, h, w, channels, groups, act, offset, seed):
+def test_norms(library, b, t, h, w, channels, groups, act, dtype, offset, seed):
     torch.manual_seed(seed)
     m, weight, bias = torch.randn(b, t, h, w, channels) + offset, torch.randn(channels), torch.randn(channels)
+    m = m.to(dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "_library", library)
         y = native.line(m, *native.moments(m, weight, bias, groups, 1e-5), act)
     truth = F.group_norm(video(m).double(), groups, weight.double(), bias.double(), 1e-5)
     truth = memory(F.silu(truth) if act else truth)
-    torch.testing.assert_close(y.double(), truth, atol=2e-3 if offset else 2e-5, rtol=0)
+    assert y.dtype == dtype
+    half_a_unit = 2**-8 if dtype == torch.bfloat16 else 0
+    torch.testing.assert_close(y.double(), truth, atol=2e-3 if offset else 2e-5, rtol=half_a_unit)
+
+
+@there
+def test_bfloat16_is_rounded_as_torch_does(library, monkeypatch):
+    monkeypatch.setattr(native, "_library", library)
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).view(1, 1, 1, -1, 16)
+    for factor in (1.0, 1 / 3):
+        y = native.line(every, torch.full((1, 16), factor), torch.zeros(1, 16), act=False)
+        torch.testing.assert_close(y, (every.float() * factor).bfloat16(), atol=0, rtol=0, equal_nan=True)
 
 
 @there

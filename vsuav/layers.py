@@ -81,16 +81,20 @@ def _fused_dtypes() -> set[torch.dtype]:
 FUSED_DTYPES = _fused_dtypes()
 
 
-def fused(x: Tensor, weight: Tensor) -> bool:
-    """Is this inference on a CPU that has the fused layers? (They know neither gradients, autocast nor compiling.)"""
+def inferring(x: Tensor, weight: Tensor) -> bool:
+    """Is this inference on a CPU, in one type? (Fused layers know neither gradients, autocast nor compiling.)"""
     return (
         not torch.is_grad_enabled()
         and x.device.type == "cpu"
         and x.dtype == weight.dtype
-        and x.dtype in FUSED_DTYPES
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
+
+
+def fused(x: Tensor, weight: Tensor) -> bool:
+    """Is this inference on a CPU that has the fused layers?"""
+    return x.dtype in FUSED_DTYPES and inferring(x, weight)
 
 
 def as_frame(x: Tensor) -> Tensor:
@@ -147,7 +151,7 @@ class JointNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor, act: bool = False) -> Tensor:
-        if fused(x, self.weight) and native.takes(x, x.shape[1]):
+        if inferring(x, self.weight) and native.normalises(x, x.shape[1]):
             m = memory(x)
             return video(native.line(m, *self.line(m), act))
         if x.device.type == "cpu" and x[0, 0].numel() > LARGE and not torch.is_grad_enabled():
@@ -160,7 +164,7 @@ class JointNorm(nn.GroupNorm):
         return untimeline(y, *x.shape[3:])
 
     def line(self, m: Tensor) -> tuple[Tensor, Tensor]:
-        """What normalises "b t h w c": scale and shift "b c", where `native` takes it."""
+        """What normalises "b t h w c": scale and shift "b c", where `native` normalises it."""
         return native.moments(m, self.weight, self.bias, self.num_groups, self.eps)
 
     def large(self, m: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include <immintrin.h>
 
@@ -26,6 +27,44 @@ typedef int32_t I __attribute__((vector_size(LANES * 4)));
 
 inline V load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 inline void store(float* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
+
+// bfloat16 is the upper half of a float; what is stored is rounded to the nearest, of two to the even one.
+typedef uint16_t Brief;
+typedef uint32_t U __attribute__((vector_size(LANES * 4)));
+
+inline V load(const Brief* p) {
+    U bits;
+#if LANES == 16 && defined(__AVX512F__)
+    bits = reinterpret_cast<U>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif LANES == 8
+    bits = reinterpret_cast<U>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    for (int lane = 0; lane < LANES; lane++) bits[lane] = p[lane];
+#endif
+    return reinterpret_cast<V>(bits << 16);
+}
+
+inline void store(Brief* p, V v) {
+    const U bits = reinterpret_cast<U>(v);
+    const V nearest = reinterpret_cast<V>(bits + 0x7fff + (bits >> 16 & 1));
+    const U kept = reinterpret_cast<U>(v == v ? nearest : V{} + __builtin_nanf("")) >> 16;
+#if LANES == 16 && defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(kept)));
+#elif LANES == 8
+    const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(kept), __m256i{});
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 8)));
+#else
+    for (int lane = 0; lane < LANES; lane++) p[lane] = static_cast<Brief>(kept[lane]);
+#endif
+}
+
+inline float number(float x) { return x; }
+inline float number(Brief x) {
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float y;
+    std::memcpy(&y, &bits, sizeof y);
+    return y;
+}
 
 // The larger and the smaller; b where one of them is not a number.
 inline V larger(V a, V b) {

@@ -49,7 +49,7 @@ class _Affine(ctypes.Structure):
 class _Norm(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("x", "weight", "bias", "scale", "shift")),
-        *((name, c_int64) for name in ("clips", "pixels", "channels", "groups", "threads")),
+        *((name, c_int64) for name in ("clips", "pixels", "channels", "groups", "brief", "threads")),
         ("eps", c_double),
     ]
 
@@ -57,7 +57,7 @@ class _Norm(ctypes.Structure):
 class _Line(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("x", "scale", "shift", "y")),
-        *((name, c_int64) for name in ("clips", "pixels", "channels", "activate", "threads")),
+        *((name, c_int64) for name in ("clips", "pixels", "channels", "activate", "brief", "threads")),
     ]
 
 
@@ -107,7 +107,13 @@ def _at(x: Tensor | None) -> int | None:
 
 def takes(x: Tensor, channels: int) -> bool:
     """Can an activation with so many channels be computed here, where no gradients are wanted?"""
-    return KIND is not None and x.device.type == "cpu" and x.dtype == torch.float32 and channels % MULTIPLE == 0
+    return x.dtype == torch.float32 and normalises(x, channels)
+
+
+def normalises(x: Tensor, channels: int) -> bool:
+    """Can it be normalised here, in float32 or bfloat16?"""
+    known = x.dtype in (torch.float32, torch.bfloat16)
+    return KIND is not None and known and x.device.type == "cpu" and channels % MULTIPLE == 0
 
 
 def pays(x: Tensor, weight: Tensor) -> bool:
@@ -222,25 +228,30 @@ def unload() -> None:
 
 
 def moments(m: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Scale and shift "b c" that normalise a clip "b t h w c" by groups over all its frames and pixels together; m is
-    contiguous float32, c a multiple of 16.
-
+    """Scale and shift "b c" that normalise a clip "b t h w c" by groups over all its frames and pixels together,
     float32; sums are joined in float64.
+
+    m is contiguous, float32 or bfloat16, c a multiple of 16; weight and bias "c".
     """
     b, channels = len(m), m.shape[-1]
-    scale, shift = m.new_empty(b, channels), m.new_empty(b, channels)
+    scale, shift = torch.empty(b, channels), torch.empty(b, channels)
+    weight, bias = weight.float(), bias.float()
     _library.moments(ctypes.byref(_Norm(
         _at(m), _at(weight), _at(bias), _at(scale), _at(shift), b, m[0, ..., 0].numel(), channels, groups,
-        torch.get_num_threads(), eps,
+        m.dtype is torch.bfloat16, torch.get_num_threads(), eps,
     )))  # fmt: skip
     return scale, shift
 
 
 def line(m: Tensor, scale: Tensor, shift: Tensor, act: bool) -> Tensor:
-    """scale m + shift of "b t h w c", by clip and channel "b c", followed by SiLU where `act` says so."""
+    """scale m + shift of "b t h w c", by clip and channel "b c", followed by SiLU where `act` says so.
+
+    m is contiguous, float32 or bfloat16, as is the result; scale and shift float32.
+    """
     y = buffers.empty(m.shape, m.dtype)
     _library.line(ctypes.byref(_Line(
-        _at(m), _at(scale), _at(shift), _at(y), len(m), m[0, ..., 0].numel(), m.shape[-1], act, torch.get_num_threads(),
+        _at(m), _at(scale), _at(shift), _at(y), len(m), m[0, ..., 0].numel(), m.shape[-1], act,
+        m.dtype is torch.bfloat16, torch.get_num_threads(),
     )))  # fmt: skip
     return y
 
