@@ -250,6 +250,31 @@ def test_attention_from_low_to_high_scores(library, monkeypatch):
         nearly(native.attend(q, keys, v, 1), attended(q, keys, v, 1), 1e-4)
 
 
+def turned(x, turns):
+    """x "b t n heads d" with its first pairs of channels multiplied by complex turns "t pairs"."""
+    turns = F.pad(turns.to(torch.complex128), (0, x.shape[-1] // 2 - turns.shape[1]), value=1)
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns[:, None, None]).flatten(-2)
+
+
+@there
+@settings(max_examples=60, deadline=None)
+@given(
+    b=st.integers(1, 2), t=st.integers(1, 16), n=st.integers(1, 40), heads=st.integers(1, 3),
+    size=st.sampled_from([32, 48, 64]), pairs=st.sampled_from([0, 5, 16]), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_attention_over_time(library, b, t, n, heads, size, pairs, seed):
+    torch.manual_seed(seed)
+    q, k, v = (2 * torch.randn(b, t, n, heads * size) for _ in range(3))
+    turns, bias = torch.polar(torch.ones(t, pairs), torch.randn(t, pairs)), torch.randn(heads, t, t)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_library", library)
+        y = native.attend_over_time(q, k, v, heads, turns, bias)
+    q, k, v = (x.double().unflatten(-1, (heads, -1)) for x in (q, k, v))
+    q, k = (turned(x, turns).permute(0, 2, 3, 1, 4) for x in (q, k))
+    truth = F.scaled_dot_product_attention(q, k, v.permute(0, 2, 3, 1, 4), bias.double())
+    nearly(y, truth.permute(0, 3, 1, 2, 4).flatten(3), 1e-5)
+
+
 @there
 def test_what_is_not_a_number_stays_so():
     q = torch.randn(1, 60, 16)
@@ -257,6 +282,9 @@ def test_what_is_not_a_number_stays_so():
     q[0, 7, 3] = torch.nan
     assert native.attend(q, k, k, 1).isnan().all(2)[0].tolist() == [i == 7 for i in range(60)]
     assert native.attend(k, q, k, 1).isnan().all()
+    q, k, turns = q.view(1, 4, 15, 16), k.view(1, 4, 15, 16), torch.ones(4, 8, dtype=torch.cfloat)
+    spoilt = native.attend_over_time(k, q, k, 1, turns, torch.zeros(1, 4, 4)).isnan().all(3)[0]
+    assert spoilt.tolist() == [[i == 7 for i in range(15)]] * 4
     m = torch.zeros(1, 1, 6, 6, 16)
     m[0, 0, 3, 3, 5] = torch.nan
     ones, zeros = torch.ones(1, 16), torch.zeros(1, 16)
@@ -271,6 +299,7 @@ def test_bits_do_not_depend_on_threads(volume):
     torch.manual_seed(0)
     m, norm = torch.randn(2, 3, 37, 41, 48), JointNorm(2, 48, 1e-5)
     weight, bias = torch.randn(32, 48, *([3] * (2 + volume))), torch.randn(32)
+    turns, apart = torch.randn(3, 8, dtype=torch.cfloat), torch.randn(3, 3, 3)
     results = []
     for threads in (1, 2, 3, 4):
         with working_threads(threads), torch.no_grad():
@@ -279,7 +308,7 @@ def test_bits_do_not_depend_on_threads(volume):
             q = m[:, 0].flatten(1, 2)
             results.append((
                 *line, native.line(m, *line, True), native.convolve(m, weight, bias, norm=line), over_time,
-                native.attend(q, q, q, 3),
+                native.attend(q, q, q, 3), native.attend_over_time(*[m.flatten(2, 3)] * 3, 3, turns, apart),
             ))  # fmt: skip
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))

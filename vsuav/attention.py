@@ -170,22 +170,29 @@ class TemporalAttention(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z "b t n c" -> "b n t c"."""
-        b, t, n, _ = z.shape
-        turns = self.rotary_emb.turns(t)
-        q, k, v = (to(z).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))
+        t = z.shape[1]
+        turns, bias = self.rotary_emb.turns(t), self.time_rel_pos_bias(t)
+        q, k, v = self.to_q(z), self.to_k(z), self.to_v(z)
+        if fused(q, bias) and native.attends_over_time(q, self.heads):
+            return self.to_out[0](native.attend_over_time(q, k, v, self.heads, turns, bias[0])).transpose(1, 2)
+        return self.to_out[0](self.attend(q, k, v, turns, bias.to(q.dtype)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, turns: Tensor, bias: Tensor) -> Tensor:
+        """q, k and v "b t n c", turns "t 16", bias "1 heads t t" -> "b n t c"."""
+        b, t, n, _ = q.shape
+        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (q, k, v))
         q, k = rotate(q, turns), rotate(k, turns)
         # Short windows: two pixels share a sequence, each blind to the other's frames; twice as fast on a CPU.
         share = 2 if t <= 8 and n % 2 == 0 else 1
         q, k, v = (x.unflatten(2, (-1, share)).permute(0, 2, 4, 3, 1, 5).flatten(0, 1).flatten(2, 3) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(t, share, q.dtype))
-        out = out.transpose(1, 2).unflatten(0, (b, -1)).flatten(3).view(b, n, t, -1)
-        return self.to_out[0](out)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=shared(bias, share))
+        return out.transpose(1, 2).unflatten(0, (b, -1)).flatten(3).view(b, n, t, -1)
 
-    def mask(self, t: int, share: int, dtype: torch.dtype) -> Tensor:
-        """The relative bias for `share` sequences of t frames in one, "1 heads (share t) (share t)"."""
-        bias = self.time_rel_pos_bias(t).to(dtype)
-        if share == 1:
-            return bias
-        apart = torch.full_like(bias, -torch.inf)
-        rows = [torch.cat([bias if i == j else apart for j in range(share)], dim=-1) for i in range(share)]
-        return torch.cat(rows, dim=-2)
+
+def shared(bias: Tensor, share: int) -> Tensor:
+    """The relative bias "1 heads t t" for `share` sequences of t frames in one, "1 heads (share t) (share t)"."""
+    if share == 1:
+        return bias
+    apart = torch.full_like(bias, -torch.inf)
+    rows = [torch.cat([bias if i == j else apart for j in range(share)], dim=-1) for i in range(share)]
+    return torch.cat(rows, dim=-2)

@@ -11,12 +11,14 @@ that it never lies in memory. Pieces of work do not depend on the number of thre
 
 import contextlib
 import ctypes
+import math
 from collections.abc import Iterator
 from ctypes import c_double, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vsuav import buffers
@@ -27,6 +29,8 @@ of all frames together, or rows of a linear layer."""
 BLOCK, WIDE, MOST = 12, 256, 96
 """Tiles computed together are a multiple of BLOCK, which is also the least number of pixels of a frame over time. Of
 inputs with WIDE channels or more, at most MOST are computed together."""
+FRAMES = 16
+"""Most frames that attend to each other here."""
 
 
 class _Convolution(ctypes.Structure):
@@ -68,6 +72,13 @@ class _Attention(ctypes.Structure):
     ]
 
 
+class _Timeline(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "k", "v", "turns", "bias", "rooms", "y")),
+        *((name, c_int64) for name in ("clips", "frames", "pixels", "heads", "size", "threads")),
+    ]
+
+
 def opened(file: Path) -> ctypes.CDLL:
     """The functions of the compiled code; torch is loaded by now, and so is the OpenMP that both share.
 
@@ -75,13 +86,13 @@ def opened(file: Path) -> ctypes.CDLL:
         OSError: it was built for another system, or from other source.
     """
     library = ctypes.CDLL(str(file))
-    kinds = _Convolution, _Affine, _Norm, _Line, _Attention
+    kinds = _Convolution, _Affine, _Norm, _Line, _Attention, _Timeline
     sizes = sum(ctypes.sizeof(kind) << 10 * i for i, kind in enumerate(kinds))
     if hasattr(library, "sizes"):
         library.sizes.restype = c_int64
     if not hasattr(library, "sizes") or library.sizes() != sizes:
         raise OSError(f"{file} was built from other source")
-    for function in (library.room, library.weights_room, library.attend_room):
+    for function in (library.room, library.weights_room, library.attend_room, library.over_time_room):
         function.argtypes, function.restype = (c_void_p,), c_int64
     return library
 
@@ -275,4 +286,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     with _scratch(_library.attend_room(ctypes.byref(call))) as room:
         call.rooms = _at(room)
         _library.attend(ctypes.byref(call))
+    return y
+
+
+def attends_over_time(q: Tensor, heads: int) -> bool:
+    """Is it here that attention among the frames "b t n c" is computed fastest?"""
+    return takes(q, q.shape[-1] // heads) and q.shape[1] <= FRAMES
+
+
+def attend_over_time(q: Tensor, k: Tensor, v: Tensor, heads: int, turns: Tensor, bias: Tensor) -> Tensor:
+    """Softmax attention among the frames of every pixel, contiguous float32 "b t n c" -> "b t n c".
+
+    Args:
+        q, k, v: their heads are contiguous slices of the channels, of a multiple of 16. Not more than `FRAMES` frames.
+        turns: complex "t p", by which the first p pairs of channels of every head of q and k are multiplied.
+        bias: "heads t t", what is added to the scores.
+    """
+    b, t, n, c = q.shape
+    size, pairs = c // heads, turns.shape[1]
+    cosines = F.pad(turns.real.repeat_interleave(2, 1), (0, size - 2 * pairs), value=1)
+    sines = F.pad(torch.stack([-turns.imag, turns.imag], -1).flatten(1), (0, size - 2 * pairs))
+    table, bias = torch.stack([cosines, sines], 1), F.pad(bias / math.log(2), (0, FRAMES - t), value=-torch.inf)
+    y, threads = buffers.empty(q.shape, q.dtype), torch.get_num_threads()
+    call = _Timeline(_at(q), _at(k), _at(v), _at(table), _at(bias), None, _at(y), b, t, n, heads, size, threads)
+    with _scratch(threads * _library.over_time_room(ctypes.byref(call))) as room:
+        call.rooms = _at(room)
+        _library.attend_over_time(ctypes.byref(call))
     return y

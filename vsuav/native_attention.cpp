@@ -15,6 +15,25 @@ namespace {
 constexpr int64_t QUERIES = 48, KEYS = 15;  // queries of a piece of work; panels of keys whose scores lie in the cache
 constexpr float LOG2_E = 1.44269504088896341f;
 
+inline float highest(V x) {
+    float high = x[0];
+    for (int lane = 1; lane < LANES; lane++) high = std::max(high, x[lane]);
+    return high;
+}
+
+// 2^(score - most) in place of some scores, and their sum; what is no number stays so.
+inline float powers(float* scores, int64_t wide, float most) {
+    V sum = {};
+    for (int64_t i = 0; i < wide; i += LANES) {
+        const V power = two_to(larger(V{} - 125.0f, load(scores + i) - most));
+        store(scores + i, power);
+        sum += power;
+    }
+    float total = 0;
+    for (int lane = 0; lane < LANES; lane++) total += sum[lane];
+    return total;
+}
+
 struct Attention {
     const float *q, *k, *v;
     float *rooms, *y;
@@ -109,24 +128,10 @@ struct Attend : Attention {
                 });
         }
         for (int64_t r = 0; r < count; r++) {
-            float high = most[r];
-            for (int lane = 0; lane < LANES; lane++) high = std::max(high, best[r][lane]);
+            const float high = std::max(most[r], highest(best[r]));
             shrink[r] = two_to(larger(V{} - 125.0f, V{} + (most[r] - high)))[0];
             most[r] = high;
         }
-    }
-
-    // 2^(score - most) in place of some scores, and their sum; what is no number stays so.
-    static float powers(float* scores, int64_t wide, float most) {
-        V sum = {};
-        for (int64_t i = 0; i < wide; i += LANES) {
-            const V power = two_to(larger(V{} - 125.0f, load(scores + i) - most));
-            store(scores + i, power);
-            sum += power;
-        }
-        float total = 0;
-        for (int lane = 0; lane < LANES; lane++) total += sum[lane];
-        return total;
     }
 
     void compute() const {
@@ -141,6 +146,91 @@ struct Attend : Attention {
     }
 };
 
+struct Timeline {
+    const float *q, *k, *v;
+    const float* turns;  // "frames 2 size": factors of a channel, and of the other of its pair
+    const float* bias;   // "heads frames PANEL", in powers of two, minus infinity behind the last frame
+    float *rooms, *y;
+    int64_t clips, frames, pixels, heads, size;  // size: channels of a head
+    int64_t threads;
+};
+
+// A piece of work is all frames, up to PANEL, and all heads of some pixels.
+struct OverTime : Timeline {
+    static constexpr int64_t PIXELS = 16, MOST = (PANEL + ROWS - 1) / ROWS * ROWS;  // MOST: rows for PANEL frames
+    const int64_t channels = heads * size, blocks = (pixels + PIXELS - 1) / PIXELS;
+
+    explicit OverTime(const Timeline& t) : Timeline(t) {}
+
+    int64_t own() const { return size * (2 * MOST + 2 * PANEL); }
+
+    void work(int64_t job, float* own) const {
+        const int64_t clip = job / blocks, first = job % blocks * PIXELS, last = std::min(first + PIXELS, pixels);
+        for (int64_t pixel = first; pixel < last; pixel++)
+            for (int64_t head = 0; head < heads; head++)
+                attend((clip * frames * pixels + pixel) * channels + head * size, head, own);
+    }
+
+    // One pixel's frames; `at`: where a head's channels of the first of them lie.
+    void attend(int64_t at, int64_t head, float* own) const {
+        float* const queries = own;                  // "MOST size", of which those beyond `frames` hold anything
+        float* const keys = queries + MOST * size;   // as queries
+        float* const flat = keys + MOST * size;      // keys "size PANEL", zero beyond `frames`
+        float* const values = flat + PANEL * size;   // "size/PANEL PANEL PANEL", likewise
+        const int64_t far = pixels * channels;       // from frame to frame
+        const float scale = LOG2_E / std::sqrt(static_cast<float>(size));
+        float scores[MOST * PANEL];
+
+        for (int64_t n = 0; n < frames; n++)
+            for (int64_t ch = 0; ch < size; ch += LANES) {
+                store(queries + n * size + ch, turned(load(q + at + n * far + ch), n, ch) * scale);
+                store(keys + n * size + ch, turned(load(k + at + n * far + ch), n, ch));
+                store(values + ch / PANEL * PANEL * PANEL + n * PANEL + ch % PANEL, load(v + at + n * far + ch));
+            }
+        for (int64_t ch = 0; ch < size; ch++)
+            for (int64_t n = 0; n < frames; n++) flat[ch * PANEL + n] = keys[n * size + ch];
+        for (int64_t p = 0; p < frames; p += ROWS)
+            product(queries + p * size, 0, flat, 1, size,
+                    [&](int r, int v, V sum) { store(scores + (p + r) * PANEL + v * LANES, sum); });
+        for (int64_t n = 0; n < frames; n++) soften(scores + n * PANEL, bias + (head * frames + n) * PANEL);
+        for (int64_t ch = 0; ch < size; ch += PANEL)
+            for (int64_t p = 0; p < frames; p += ROWS)
+                product(scores + p * PANEL, 0, values + ch * PANEL, 1, PANEL, [&](int r, int v, V sum) {
+                    if (p + r < frames) store(y + at + (p + r) * far + ch + v * LANES, sum);
+                });
+    }
+
+    // Some of a head's channels of a frame, their pairs turned by the frame's angles.
+    V turned(V x, int64_t frame, int64_t ch) const {
+        V other;
+        for (int lane = 0; lane < LANES; lane++) other[lane] = x[lane ^ 1];
+        const float* by = turns + frame * 2 * size + ch;
+        return x * load(by) + other * load(by + size);
+    }
+
+    // The softmax of PANEL scores, in their place.
+    static void soften(float* scores, const float* bias) {
+        V best = V{} - INFINITY;
+        for (int v = 0; v < PANEL; v += LANES) {
+            const V score = load(scores + v) + load(bias + v);
+            best = larger(best, score);
+            store(scores + v, score);
+        }
+        const float share = 1 / powers(scores, PANEL, highest(best));
+        for (int v = 0; v < PANEL; v += LANES) store(scores + v, load(scores + v) * share);
+    }
+
+    void compute() const {
+#pragma omp parallel num_threads(threads)
+        {
+            float* const room = rooms + omp_get_thread_num() * own();
+            std::fill_n(room, own(), 0.0f);
+#pragma omp for schedule(static)
+            for (int64_t job = 0; job < clips * blocks; job++) work(job, room);
+        }
+    }
+};
+
 }  // namespace
 
 extern "C" {
@@ -150,7 +240,12 @@ int64_t attend_room(const Attention* a) { return Attend(*a).room(); }
 
 void attend(const Attention* a) { Attend(*a).compute(); }
 
+// Numbers `attend_over_time` needs for each of its threads.
+int64_t over_time_room(const Timeline* t) { return OverTime(*t).own(); }
+
+void attend_over_time(const Timeline* t) { OverTime(*t).compute(); }
+
 // By which the caller knows that it has the same structures.
-int64_t attention_sizes() { return sizeof(Attention); }
+int64_t attention_sizes() { return sizeof(Attention) | sizeof(Timeline) << 10; }
 
 }  // extern "C"
