@@ -276,6 +276,15 @@ def test_attention_over_time(library, b, t, n, heads, size, pairs, seed):
 
 
 @there
+def test_attention_over_time_of_bfloat16_is_float32s_rounded():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 8, 30, 96).bfloat16() for _ in range(3))
+    turns, bias = torch.polar(torch.ones(8, 16), torch.randn(8, 16)), torch.randn(2, 8, 8)
+    wide = native.attend_over_time(q.float(), k.float(), v.float(), 2, turns, bias)
+    assert torch.equal(native.attend_over_time(q, k, v, 2, turns, bias), wide.bfloat16())
+
+
+@there
 def test_what_is_not_a_number_stays_so():
     q = torch.randn(1, 60, 16)
     k = q.clone()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vsuav import native
-from vsuav.layers import Linear, fused, zeroed
+from vsuav.layers import Linear, fused, inferring, zeroed
 
 ROTARY_CHANNELS = 32
 BUCKETS = 32
@@ -173,7 +173,7 @@ class TemporalAttention(nn.Module):
         t = z.shape[1]
         turns, bias = self.rotary_emb.turns(t), self.time_rel_pos_bias(t)
         q, k, v = self.to_q(z), self.to_k(z), self.to_v(z)
-        if fused(q, bias) and native.attends_over_time(q, self.heads):
+        if inferring(q, bias) and native.attends_over_time(q, self.heads):
             return self.to_out[0](native.attend_over_time(q, k, v, self.heads, turns, bias[0])).transpose(1, 2)
         return self.to_out[0](self.attend(q, k, v, turns, bias.to(q.dtype)))
 

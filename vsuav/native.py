@@ -122,7 +122,7 @@ def takes(x: Tensor, channels: int) -> bool:
 
 
 def normalises(x: Tensor, channels: int) -> bool:
-    """Can it be normalised here, in float32 or bfloat16?"""
+    """Can it be normalised here, or attend over time, in float32 or bfloat16?"""
     known = x.dtype in (torch.float32, torch.bfloat16)
     return KIND is not None and known and x.device.type == "cpu" and channels % MULTIPLE == 0
 
@@ -290,18 +290,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def attends_over_time(q: Tensor, heads: int) -> bool:
-    """Is it here that attention among the frames "b t n c" is computed fastest?"""
-    return takes(q, q.shape[-1] // heads) and q.shape[1] <= FRAMES
+    """Is it here that attention among the frames "b t n c" is computed fastest, in float32 or bfloat16?"""
+    return normalises(q, q.shape[-1] // heads) and q.shape[1] <= FRAMES
 
 
 def attend_over_time(q: Tensor, k: Tensor, v: Tensor, heads: int, turns: Tensor, bias: Tensor) -> Tensor:
-    """Softmax attention among the frames of every pixel, contiguous float32 "b t n c" -> "b t n c".
+    """Softmax attention among the frames of every pixel, contiguous "b t n c" -> "b t n c", in float32.
 
     Args:
-        q, k, v: their heads are contiguous slices of the channels, of a multiple of 16. Not more than `FRAMES` frames.
+        q, k, v: float32 or bfloat16, as is the result; their heads are contiguous slices of the channels, of a multiple of 16. Not more than `FRAMES` frames.
         turns: complex "t p", by which the first p pairs of channels of every head of q and k are multiplied.
         bias: "heads t t", what is added to the scores.
     """
+    if q.dtype != torch.float32:
+        return attend_over_time(q.float(), k.float(), v.float(), heads, turns, bias.float()).to(q.dtype)
     b, t, n, c = q.shape
     size, pairs = c // heads, turns.shape[1]
     cosines = F.pad(turns.real.repeat_interleave(2, 1), (0, size - 2 * pairs), value=1)
