@@ -88,9 +88,9 @@ def test_code_from_other_source_is_refused(monkeypatch):
 @settings(max_examples=80, deadline=None)
 @given(
     b=st.integers(1, 2), t=st.integers(1, 7), h=st.integers(1, 15), w=st.integers(1, 15),
-    inputs=st.sampled_from([16, 32, 48]), outputs=st.sampled_from([16, 32]), volume=st.booleans(), added=st.booleans(),
-    normed=st.booleans(), enlarge=st.sampled_from([1, 2]), activate=st.booleans(), columns_first=st.booleans(),
-    seed=st.integers(0, 9),
+    inputs=st.sampled_from([16, 32, 48]), outputs=st.sampled_from([3, 16, 28, 32]), volume=st.booleans(),
+    added=st.booleans(), normed=st.booleans(), enlarge=st.sampled_from([1, 2]), activate=st.booleans(),
+    columns_first=st.booleans(), seed=st.integers(0, 9),
 )  # fmt: skip
 def test_convolutions_of_any_size(
     library, b, t, h, w, inputs, outputs, volume, added, normed, enlarge, activate, columns_first, seed
@@ -370,7 +370,8 @@ def test_linear_layers_give_the_same_without_it(rows, added, monkeypatch):
     ("inputs", "outputs", "side", "dtype", "taken"),
     [
         (32, 48, 32, torch.float32, True), (32, 40, 32, torch.float32, False), (24, 32, 32, torch.float32, False),
-        (16, 32, 32, torch.float32, False), (32, 48, 31, torch.float32, False), (32, 48, 32, torch.bfloat16, False),
+        (16, 32, 32, torch.float32, False), (32, 5, 32, torch.float32, True), (256, 5, 32, torch.float32, False),
+        (32, 48, 31, torch.float32, False), (32, 48, 32, torch.bfloat16, False),
     ],
 )  # fmt: skip
 def test_layers_take_it_where_it_pays(inputs, outputs, side, dtype, taken, monkeypatch):

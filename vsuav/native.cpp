@@ -142,8 +142,9 @@ struct Layer : Convolution {
     const int64_t seen = std::min(deep + 2 * reach, length), stacks = (length + deep - 1) / deep;
     const int64_t tiles = high * wide * (reach ? 1 : clips * frames), blocks = (tiles + block - 1) / block;
     const int64_t jobs = (reach ? clips : 1) * stacks * blocks;
-    const int64_t depth = taps * in, panels = out / PANEL;
-    const int64_t far = apart(depth, out), step = apart(block, in), place = apart(block, PANEL);  // from sum to sum
+    const int64_t depth = taps * in, panels = (out + PANEL - 1) / PANEL;  // the last panel may hold less than others
+    const int64_t far = apart(depth, panels * PANEL);                          // from sum to sum, as the next two
+    const int64_t step = apart(block, in), place = apart(block, PANEL);
 
     explicit Layer(const Convolution& c) : Convolution(c) {}
 
@@ -155,10 +156,11 @@ struct Layer : Convolution {
     void weigh(int64_t panel, int64_t tap) const {
         for (int64_t i = 0; i < in; i++)
             for (int v = 0; v < VECTORS; v++) {
-                V g[9], half[3 * SPAN], u[SPAN];
-                const float* w = weight + (panel * PANEL + v * LANES) * by_out + i * by_in + tap * by_tap;
+                V g[9] = {}, half[3 * SPAN], u[SPAN];
+                const int64_t first = panel * PANEL + v * LANES, present = std::min<int64_t>(out - first, LANES);
+                const float* w = weight + first * by_out + i * by_in + tap * by_tap;
                 for (int k = 0; k < 9; k++)
-                    for (int lane = 0; lane < LANES; lane++)
+                    for (int64_t lane = 0; lane < present; lane++)
                         g[k][lane] = w[lane * by_out + k / 3 * by_row + k % 3 * by_column];
                 for (int k = 0; k < 3; k++) Winograd<TILE>::weights(g + 3 * k, 1, half + SPAN * k);
                 for (int k = 0; k < SPAN; k++) {
@@ -191,8 +193,9 @@ struct Layer : Convolution {
                         product(a + t * in, SUMS * step, b, highest - lowest + 1, in,
                                 [&](int r, int v, V sum) { store(m + (t + r) * PANEL + v * LANES, sum); });
                 }
+            const auto finish = out - panel * PANEL >= PANEL ? &Layer::finish<true> : &Layer::finish<false>;
             for (int64_t n = made; n < till; n++)
-                finish(clip * length + n, first, count, panel, products + (n - made) * SUMS * place);
+                (this->*finish)(clip * length + n, first, count, panel, products + (n - made) * SUMS * place);
         }
     }
 
@@ -255,23 +258,27 @@ struct Layer : Convolution {
     }
 
     // The pixels of tiles first … first + count - 1, counted from the first tile of `frame`, from a panel's products.
+    // WHOLE: there are as many outputs.
+    template <bool WHOLE>
     void finish(int64_t frame, int64_t first, int64_t count, int64_t panel, const float* products) const {
         for (int64_t t = 0; t < count; t++) {
             const int64_t tile = first + t, there = frame + tile / (high * wide);
             const int64_t top = tile / wide % high * TILE, left = tile % wide * TILE;
             for (int v = 0; v < PANEL; v += LANES) {
+                const int64_t channel = panel * PANEL + v, present = WHOLE ? LANES : out - channel;
+                if (present <= 0) break;
                 V m[SUMS], down[SPAN * TILE], r[TILE];
                 for (int k = 0; k < SUMS; k++) m[k] = load(products + k * place + t * PANEL + v);
                 for (int j = 0; j < SPAN; j++) Winograd<TILE>::results(m + j, SPAN, down + j * TILE);
-                const V offset = load(bias + panel * PANEL + v);
+                const V offset = load_part(bias + channel, present);
                 for (int i = 0; i < TILE && top + i < rows; i++) {
                     Winograd<TILE>::results(down + i, TILE, r);
-                    const int64_t at = ((there * rows + top + i) * columns + left) * out + panel * PANEL + v;
+                    const int64_t at = ((there * rows + top + i) * columns + left) * out + channel;
                     const int64_t inside = std::min<int64_t>(TILE, columns - left);
                     for (int j = 0; j < TILE; j++) r[j] += offset;
-                    for (int j = 0; add && j < inside; j++) r[j] += load(add + at + j * out);
+                    for (int j = 0; add && j < inside; j++) r[j] += load_part(add + at + j * out, present);
                     for (int j = 0; activate && j < TILE; j += 2) silu(r[j], r[j + 1]);
-                    for (int j = 0; j < inside; j++) store(y + at + j * out, r[j]);
+                    for (int j = 0; j < inside; j++) store_part(y + at + j * out, r[j], present);
                 }
             }
         }
@@ -442,7 +449,8 @@ void line(const Line* given) {
 
 // By which the caller knows that it has the same structures.
 int64_t sizes() {
-    return sizeof(Convolution) | sizeof(Affine) << 10 | sizeof(Norm) << 20 | sizeof(Line) << 30 | attention_sizes() << 40;
+    return sizeof(Convolution) | sizeof(Affine) << 10 | sizeof(Norm) << 20 | sizeof(Line) << 30 |
+           attention_sizes() << 40;
 }
 
 }  // extern "C"

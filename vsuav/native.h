@@ -27,6 +27,19 @@ typedef int32_t I __attribute__((vector_size(LANES * 4)));
 inline V load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 inline void store(float* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
 
+// Of memory that holds only `count` numbers more: those, zero behind them; and so many of a vector.
+inline V load_part(const float* p, int64_t count) {
+    if (count >= LANES) return load(p);
+    V v = {};
+    for (int64_t lane = 0; lane < count; lane++) v[lane] = p[lane];
+    return v;
+}
+
+inline void store_part(float* p, V v, int64_t count) {
+    if (count >= LANES) return store(p, v);
+    for (int64_t lane = 0; lane < count; lane++) p[lane] = v[lane];
+}
+
 // The larger and the smaller; b where one of them is not a number.
 inline V larger(V a, V b) {
 #if LANES == 16 && defined(__AVX512F__)

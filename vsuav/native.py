@@ -24,8 +24,8 @@ from torch import Tensor
 from vsuav import buffers
 
 LEAST, MULTIPLE, MANY = 32, 16, 2048
-"""Least channels, in and out, of convolutions that are computed here; what channels must be a multiple of; least pixels
-of all frames together, or rows of a linear layer."""
+"""Least channels, in and out, of convolutions that are computed here; what channels must be a multiple of, unless fewer
+come out; least pixels of all frames together, or rows of a linear layer."""
 BLOCK, WIDE, MOST = 12, 256, 96
 """Tiles computed together are a multiple of BLOCK, which is also the least number of pixels of a frame over time. Of
 inputs with WIDE channels or more, at most MOST are computed together."""
@@ -123,8 +123,9 @@ def takes(x: Tensor, channels: int) -> bool:
 
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Is it here that a 3x3 or 3x3x3 convolution of x "b c t h w" with weight "o i … 3 3" is computed fastest?"""
-    narrow, pixels = min(weight.shape[:2]), x[:, 0].numel()
-    return takes(x, weight.shape[0]) and weight.shape[1] % MULTIPLE == 0 and narrow >= LEAST and pixels >= MANY
+    outputs, inputs = weight.shape[:2]
+    few, many = outputs < MULTIPLE and inputs < WIDE, outputs >= LEAST and outputs % MULTIPLE == 0
+    return takes(x, inputs) and inputs >= LEAST and (few or many) and x[:, 0].numel() >= MANY
 
 
 def convolve(
@@ -135,8 +136,8 @@ def convolve(
 
     Args:
         m: contiguous float32, as are all others but `weight`.
-        weight: float32 "o i 3 3", or "o i 3 3 3", which sees the frames before and after; in any layout. i and o are
-            multiples of 16.
+        weight: float32 "o i 3 3", or "o i 3 3 3", which sees the frames before and after; in any layout. i is a
+            multiple of 16.
         bias: "o".
         add: "b t h w o", what is added to the result.
         norm: scale and shift "b i", before which nothing is activated: without it the convolution is of m itself.
