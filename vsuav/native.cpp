@@ -392,17 +392,19 @@ void moments(const Norm* given) {
         const int64_t first = job % parts * PART, last = std::min(first + PART, c.pixels);
         double* to = sums.data() + job * c.channels * 2;
         for (int64_t from = first; from < last; from += TOGETHER)
-            for (int64_t ch = 0; ch < c.channels; ch += LANES) {
-                const V pivot = load(clip + ch);  // of the order of the mean: the squares stay small
-                V sum = {}, squares = {};
-                for (int64_t p = from; p < std::min(from + TOGETHER, last); p++) {
-                    const V d = load(clip + p * c.channels + ch) - pivot;
-                    sum += d;
-                    squares += d * d;
-                }
-                for (int lane = 0; lane < LANES; lane++) {
-                    to[2 * (ch + lane)] += sum[lane];
-                    to[2 * (ch + lane) + 1] += squares[lane];
+            for (int64_t ch = 0; ch < c.channels; ch += PANEL) {
+                // less the first pixel, which is of the order of the mean: so the squares stay small
+                V pivot[VECTORS], sum[VECTORS] = {}, squares[VECTORS] = {};
+                for (int v = 0; v < VECTORS; v++) pivot[v] = load(clip + ch + v * LANES);
+                for (int64_t p = from; p < std::min(from + TOGETHER, last); p++)
+                    for (int v = 0; v < VECTORS; v++) {
+                        const V d = load(clip + p * c.channels + ch + v * LANES) - pivot[v];
+                        sum[v] += d;
+                        squares[v] += d * d;
+                    }
+                for (int i = 0; i < PANEL; i++) {
+                    to[2 * (ch + i)] += sum[i / LANES][i % LANES];
+                    to[2 * (ch + i) + 1] += squares[i / LANES][i % LANES];
                 }
             }
     }
