@@ -22,8 +22,9 @@ constexpr int64_t DEEP = 3;  // frames of a convolution over three whose results
 // they do not compete for the same lines of the cache.
 inline int64_t apart(int64_t block, int64_t channels) { return block * channels + 16; }
 
-// Winograd's F(TILE, 3): SPAN numbers become as many sums, three weights likewise; their products become TILE results.
-template <int TILE>
+// Winograd's F(TILE, TAPS): TILE + TAPS - 1 numbers become as many sums, and so do TAPS weights; their products become
+// TILE results.
+template <int TILE, int TAPS = 3>
 struct Winograd;
 
 template <>
@@ -102,6 +103,38 @@ struct Winograd<6> {  // at 0, 1, -1, 2, -2, 1/2, -1/2 and infinity
         u[5] = (falling + 2 * g[step]) * (1.0f / 180);
         u[6] = (falling - 2 * g[step]) * (1.0f / 180);
         u[7] = g[2 * step];
+    }
+};
+
+template <>
+struct Winograd<4, 5> {  // at the same numbers
+    static void sums(const V* d, int step, V* s) { Winograd<6>::sums(d, step, s); }
+
+    static void results(const V* m, int step, V* r) {
+        const V twice = m[3 * step] + m[4 * step], twice_odd = m[3 * step] - m[4 * step];
+        const V half = m[5 * step] + m[6 * step], half_odd = m[5 * step] - m[6 * step];
+        const V even = m[step] + m[2 * step], odd = m[step] - m[2 * step];
+        r[0] = m[0] + even + twice + 32 * half;
+        r[1] = odd + 2 * twice_odd + 16 * half_odd;
+        r[2] = even + 4 * twice + 8 * half;
+        r[3] = odd + 8 * twice_odd + 4 * half_odd + m[7 * step];
+    }
+
+    static void weights(const V* g, int step, V* u) {
+        const V g0 = g[0], g1 = g[step], g2 = g[2 * step], g3 = g[3 * step], g4 = g[4 * step];
+        V even = g0 + g2 + g4, odd = g1 + g3;
+        u[0] = g0;
+        u[1] = (even + odd) * (-2.0f / 9);
+        u[2] = (even - odd) * (-2.0f / 9);
+        even = g0 + 4 * g2 + 16 * g4;
+        odd = 2 * g1 + 8 * g3;
+        u[3] = (even + odd) * (1.0f / 90);
+        u[4] = (even - odd) * (1.0f / 90);
+        even = 16 * g0 + 4 * g2 + g4;
+        odd = 8 * g1 + 2 * g3;
+        u[5] = (even + odd) * (1.0f / 720);
+        u[6] = (even - odd) * (1.0f / 720);
+        u[7] = g4;
     }
 };
 
@@ -296,6 +329,185 @@ struct Layer : Convolution {
     }
 };
 
+struct Affine {
+    const float *x, *scale, *shift, *weight, *bias, *add;
+    float *rooms, *y;
+    int64_t clips, frames, pixels, in, out, taps, gated, block;
+    int64_t by_out, by_in, by_tap;  // strides of `weight`
+    int64_t threads;
+};
+
+// Some pixels of all frames of a clip; where there is a scale, what they are after it, SiLU and all, in `room`.
+struct Piece {
+    int64_t clip, first, count, far;  // far: from frame to frame of x
+    const float* x;
+
+    Piece(const Affine& c, int64_t job, int64_t blocks, float* room) {
+        const int64_t part = job % blocks;
+        clip = job / blocks;
+        first = part * c.pixels / blocks;
+        count = (part + 1) * c.pixels / blocks - first;
+        far = c.pixels * c.in;
+        x = c.x + (clip * c.frames * c.pixels + first) * c.in;
+        if (!c.scale) return;
+        const float *scale = c.scale + clip * c.in, *shift = c.shift + clip * c.in;
+        for (int64_t n = 0; n < c.frames; n++)
+            lined(x + n * far, scale, shift, count, c.in, true, room + n * count * c.in);
+        x = room;
+        far = count * c.in;
+    }
+};
+
+// Any linear layer, and convolution over time.
+struct Direct : Affine {
+    const int64_t reach = taps / 2, depth = taps * in, panels = out / PANEL, blocks = (pixels + block - 1) / block;
+    float* const weights = rooms;  // "panels depth PANEL", those of the gate last
+    float* const owns = weights + (gated ? 2 : 1) * depth * out;
+
+    explicit Direct(const Affine& c) : Affine(c) {}
+
+    int64_t own() const { return scale ? frames * block * in : 0; }
+    int64_t room() const { return (gated ? 2 : 1) * depth * out + threads * own(); }
+
+    void arrange(int64_t panel) const {
+        for (int64_t d = 0; d < depth; d++)
+            for (int64_t o = 0; o < PANEL; o++)
+                weights[(panel * depth + d) * PANEL + o] =
+                    weight[(panel * PANEL + o) * by_out + d % in * by_in + d / in * by_tap];
+    }
+
+    void work(int64_t job, float* own) const {
+        const Piece piece(*this, job, blocks, own);
+        for (int64_t panel = 0; panel < panels; panel++)
+            for (int64_t n = 0; n < frames; n++) {
+                const int64_t lowest = std::max<int64_t>(n - reach, 0);
+                const int64_t seen = std::min(n + reach, frames - 1) - lowest + 1;
+                const float* const right = weights + (panel * depth + (lowest - n + reach) * in) * PANEL;
+                const float* const offset = bias ? bias + panel * PANEL : nullptr;
+                for (int64_t p = 0; p < piece.count; p += ROWS) {
+                    const int64_t from = std::min(p, piece.count - ROWS);  // some of the last rows are computed twice
+                    const float* const left = piece.x + lowest * piece.far + from * in;
+                    const int64_t to = ((piece.clip * frames + n) * pixels + piece.first + from) * out + panel * PANEL;
+                    V gate[ROWS][VECTORS];
+                    if (gated)
+                        product(left, piece.far, right + panels * depth * PANEL, seen, in, [&](int r, int v, V sum) {
+                            gate[r][v] = gelu(sum + load(offset + out + v * LANES));
+                        });
+                    product(left, piece.far, right, seen, in, [&](int r, int v, V sum) {
+                        const int64_t at = to + r * out + v * LANES;
+                        if (offset) sum += load(offset + v * LANES);
+                        if (gated) sum *= gate[r][v];
+                        store(y + at, add ? sum + load(add + at) : sum);
+                    });
+                }
+            }
+    }
+
+    void compute() const {
+#pragma omp parallel num_threads(threads)
+        {
+            float* const room = owns + omp_get_thread_num() * own();
+#pragma omp for schedule(static)
+            for (int64_t panel = 0; panel < panels * (gated ? 2 : 1); panel++) arrange(panel);
+#pragma omp for schedule(static)
+            for (int64_t job = 0; job < clips * blocks; job++) work(job, room);
+        }
+    }
+};
+
+// A convolution over time by Winograd's way: TILE frames together.
+template <int TAPS>
+struct Tiled : Affine {
+    static constexpr int TILE = 4, SPAN = TILE + TAPS - 1;
+    typedef Winograd<TILE, TAPS> Way;
+
+    const int64_t panels = out / PANEL, blocks = (pixels + block - 1) / block, tiles = (frames + TILE - 1) / TILE;
+    const int64_t rows = (block + ROWS - 1) / ROWS * ROWS;
+    const int64_t far = apart(in, out), step = apart(rows, in), place = apart(rows, PANEL);  // from sum to sum
+    float* const weights = rooms;  // "sums panels in PANEL"
+    float* const owns = weights + SPAN * far;
+
+    explicit Tiled(const Affine& c) : Affine(c) {}
+
+    int64_t own() const { return (scale ? frames * block * in : 0) + SPAN * (step + place); }
+    int64_t room() const { return SPAN * far + threads * own(); }
+
+    // Does it spare a quarter of the products, or more? (Those with frames that are not there are not made directly.)
+    bool pays() const {
+        const int64_t direct = frames * TAPS - TAPS / 2 * (TAPS / 2 + 1);
+        return taps == TAPS && !gated && in % PANEL == 0 && 4 * SPAN * tiles <= 3 * direct;
+    }
+
+    void weigh(int64_t panel) const {
+        for (int64_t i = 0; i < in; i++)
+            for (int v = 0; v < VECTORS; v++) {
+                V g[TAPS], u[SPAN];
+                const float* w = weight + (panel * PANEL + v * LANES) * by_out + i * by_in;
+                for (int tap = 0; tap < TAPS; tap++)
+                    for (int lane = 0; lane < LANES; lane++) g[tap][lane] = w[lane * by_out + tap * by_tap];
+                Way::weights(g, 1, u);
+                for (int k = 0; k < SPAN; k++) store(weights + k * far + (panel * in + i) * PANEL + v * LANES, u[k]);
+            }
+    }
+
+    void work(int64_t job, float* own) const {
+        float* const summed = own;                  // "sums pixels in"
+        float* const products = own + SPAN * step;  // "sums pixels PANEL"
+        const Piece piece(*this, job, blocks, products + SPAN * place);
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            sum_up(piece, tile * TILE - TAPS / 2, summed);
+            for (int64_t panel = 0; panel < panels; panel++) {
+                for (int k = 0; k < SPAN; k++)
+                    for (int64_t p = 0; p < piece.count; p += ROWS)  // rows beyond the last pixel hold anything
+                        product(summed + k * step + p * in, 0, weights + k * far + panel * in * PANEL, 1, in,
+                                [&](int r, int v, V sum) {
+                                    store(products + k * place + (p + r) * PANEL + v * LANES, sum);
+                                });
+                finish(piece, tile * TILE, panel, products);
+            }
+        }
+    }
+
+    // The sums of the SPAN frames from `first` on; there is nothing before and behind the clip.
+    void sum_up(const Piece& piece, int64_t first, float* to) const {
+        const float* lines[SPAN];
+        for (int k = 0; k < SPAN; k++)
+            lines[k] = 0 <= first + k && first + k < frames ? piece.x + (first + k) * piece.far : nullptr;
+        for (int64_t i = 0; i < piece.count * in; i += LANES) {
+            V d[SPAN], s[SPAN];
+            for (int k = 0; k < SPAN; k++) d[k] = lines[k] ? load(lines[k] + i) : V{};
+            Way::sums(d, 1, s);
+            for (int k = 0; k < SPAN; k++) store(to + k * step + i, s[k]);
+        }
+    }
+
+    // The pixels of the TILE frames from `first` on, from a panel's products.
+    void finish(const Piece& piece, int64_t first, int64_t panel, const float* products) const {
+        const int64_t inside = std::min<int64_t>(TILE, frames - first);
+        for (int64_t p = 0; p < piece.count; p++)
+            for (int v = 0; v < PANEL; v += LANES) {
+                V m[SPAN], r[TILE];
+                for (int k = 0; k < SPAN; k++) m[k] = load(products + k * place + p * PANEL + v);
+                Way::results(m, 1, r);
+                const V offset = bias ? load(bias + panel * PANEL + v) : V{};
+                int64_t at = ((piece.clip * frames + first) * pixels + piece.first + p) * out + panel * PANEL + v;
+                for (int64_t j = 0; j < inside; j++, at += pixels * out)
+                    store(y + at, add ? r[j] + offset + load(add + at) : r[j] + offset);
+            }
+    }
+
+    void compute() const {
+#pragma omp parallel num_threads(threads)
+        {
+            float* const room = owns + omp_get_thread_num() * own();
+#pragma omp for schedule(static)
+            for (int64_t panel = 0; panel < panels; panel++) weigh(panel);
+#pragma omp for schedule(static)
+            for (int64_t job = 0; job < clips * blocks; job++) work(job, room);
+        }
+    }
+};
+
 }  // namespace
 
 extern "C" {
@@ -308,69 +520,17 @@ int64_t room(const Convolution* c) { return c->tile == 6 ? Layer<6>(*c).room() :
 
 void convolve(const Convolution* c) { c->tile == 6 ? Layer<6>(*c).compute() : Layer<4>(*c).compute(); }
 
-struct Affine {
-    const float *x, *scale, *shift, *weight, *bias, *add;
-    float *weights, *rooms, *y;
-    int64_t clips, frames, pixels, in, out, taps, gated, block;
-    int64_t by_out, by_in, by_tap;  // strides of `weight`
-    int64_t threads;
-};
+// Numbers `affine` needs, for all its threads together.
+int64_t affine_room(const Affine* a) {
+    const Tiled<3> three(*a);
+    const Tiled<5> five(*a);
+    return three.pays() ? three.room() : five.pays() ? five.room() : Direct(*a).room();
+}
 
-void affine(const Affine* given) {
-    const Affine c = *given;
-    const int64_t reach = c.taps / 2, depth = c.taps * c.in, panels = c.out / PANEL;
-    const int64_t blocks = (c.pixels + c.block - 1) / c.block;
-
-#pragma omp parallel num_threads(c.threads)
-    {
-        float* const own = c.rooms + omp_get_thread_num() * c.frames * c.block * c.in;  // "frames block in"
-
-        // `weights` "panels depth PANEL", those of the gate last
-#pragma omp for schedule(static)
-        for (int64_t panel = 0; panel < panels * (c.gated ? 2 : 1); panel++)
-            for (int64_t d = 0; d < depth; d++)
-                for (int64_t o = 0; o < PANEL; o++)
-                    c.weights[(panel * depth + d) * PANEL + o] =
-                        c.weight[(panel * PANEL + o) * c.by_out + d % c.in * c.by_in + d / c.in * c.by_tap];
-
-#pragma omp for schedule(static)
-        for (int64_t job = 0; job < c.clips * blocks; job++) {  // some pixels of all frames of a clip
-            const int64_t clip = job / blocks, part = job % blocks;
-            const int64_t first = part * c.pixels / blocks, count = (part + 1) * c.pixels / blocks - first;
-            const float* x = c.x + (clip * c.frames * c.pixels + first) * c.in;
-            int64_t far = c.pixels * c.in;
-            if (c.scale) {
-                const float *scale = c.scale + clip * c.in, *shift = c.shift + clip * c.in;
-                for (int64_t n = 0; n < c.frames; n++)
-                    lined(x + n * far, scale, shift, count, c.in, true, own + n * count * c.in);
-                x = own;
-                far = count * c.in;
-            }
-            for (int64_t panel = 0; panel < panels; panel++)
-                for (int64_t n = 0; n < c.frames; n++) {
-                    const int64_t lowest = std::max<int64_t>(n - reach, 0);
-                    const int64_t taps = std::min(n + reach, c.frames - 1) - lowest + 1;
-                    const float* weights = c.weights + (panel * depth + (lowest - n + reach) * c.in) * PANEL;
-                    const float* bias = c.bias ? c.bias + panel * PANEL : nullptr;
-                    for (int64_t p = 0; p < count; p += ROWS) {
-                        const int64_t from = std::min(p, count - ROWS);  // some of the last rows are computed twice
-                        const float* a = x + lowest * far + from * c.in;
-                        const int64_t to = ((clip * c.frames + n) * c.pixels + first + from) * c.out + panel * PANEL;
-                        V gate[ROWS][VECTORS];
-                        if (c.gated)
-                            product(a, far, weights + panels * depth * PANEL, taps, c.in, [&](int r, int v, V sum) {
-                                gate[r][v] = gelu(sum + load(bias + c.out + v * LANES));
-                            });
-                        product(a, far, weights, taps, c.in, [&](int r, int v, V sum) {
-                            const int64_t at = to + r * c.out + v * LANES;
-                            if (bias) sum += load(bias + v * LANES);
-                            if (c.gated) sum *= gate[r][v];
-                            store(c.y + at, c.add ? sum + load(c.add + at) : sum);
-                        });
-                    }
-                }
-        }
-    }
+void affine(const Affine* a) {
+    const Tiled<3> three(*a);
+    const Tiled<5> five(*a);
+    three.pays() ? three.compute() : five.pays() ? five.compute() : Direct(*a).compute();
 }
 
 struct Norm {

@@ -44,7 +44,7 @@ class _Convolution(ctypes.Structure):
 
 class _Affine(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("x", "scale", "shift", "weight", "bias", "add", "weights", "rooms", "y")),
+        *((name, c_void_p) for name in ("x", "scale", "shift", "weight", "bias", "add", "rooms", "y")),
         *((name, c_int64) for name in ("clips", "frames", "pixels", "inputs", "outputs", "taps", "gated", "block")),
         *((name, c_int64) for name in ("by_out", "by_in", "by_tap", "threads")),
     ]
@@ -92,7 +92,8 @@ def opened(file: Path) -> ctypes.CDLL:
         library.sizes.restype = c_int64
     if not hasattr(library, "sizes") or library.sizes() != sizes:
         raise OSError(f"{file} was built from other source")
-    for function in (library.room, library.weights_room, library.attend_room, library.over_time_room):
+    for name in ("room", "weights_room", "affine_room", "attend_room", "over_time_room"):
+        function = getattr(library, name)
         function.argtypes, function.restype = (c_void_p,), c_int64
     return library
 
@@ -200,14 +201,15 @@ def affine(
     pixels, taps = m[0, 0, ..., 0].numel(), weight.shape[2] if weight.dim() == 3 else 1
     outputs, block = len(weight) // (2 if gated else 1), min(4 * BLOCK, pixels)
     strides = weight.stride() if weight.dim() == 3 else (*weight.stride(), 0)
-    (scale, shift), threads = norm or (None, None), torch.get_num_threads()
-    shared, own = len(weight) * taps * inputs, t * block * inputs if norm else 0
+    scale, shift = norm or (None, None)
     y = buffers.empty((*m.shape[:-1], outputs), m.dtype)
-    with _scratch(shared + threads * own) as room:
-        _library.affine(ctypes.byref(_Affine(
-            _at(m), _at(scale), _at(shift), _at(weight), _at(bias), _at(add), _at(room), _at(room[shared:]), _at(y),
-            b, t, pixels, inputs, outputs, taps, gated, block, *strides, threads,
-        )))  # fmt: skip
+    call = _Affine(
+        _at(m), _at(scale), _at(shift), _at(weight), _at(bias), _at(add), None, _at(y),
+        b, t, pixels, inputs, outputs, taps, gated, block, *strides, torch.get_num_threads(),
+    )  # fmt: skip
+    with _scratch(_library.affine_room(ctypes.byref(call))) as room:
+        call.rooms = _at(room)
+        _library.affine(ctypes.byref(call))
     return y
 
 
