@@ -34,7 +34,8 @@ from vsuav.store import Store
 from vsuav.turns import working_threads
 
 there = pytest.mark.skipif(native.KIND is None, reason="this CPU has no machine code here, or it was not compiled")
-SOURCES = [Path(native.__file__).with_name(name) for name in ("native.cpp", "native_attention.cpp")]
+NAMES = "native.cpp", "native_norm.cpp", "native_attention.cpp"
+SOURCES = [Path(native.__file__).with_name(name) for name in NAMES]
 
 
 def clip_of(b, c, t, h, w):
@@ -88,9 +89,9 @@ def test_code_from_other_source_is_refused(monkeypatch):
 @settings(max_examples=80, deadline=None)
 @given(
     b=st.integers(1, 2), t=st.integers(1, 7), h=st.integers(1, 15), w=st.integers(1, 15),
-    inputs=st.sampled_from([16, 32, 48]), outputs=st.sampled_from([16, 32]), volume=st.booleans(), added=st.booleans(),
-    normed=st.booleans(), enlarge=st.sampled_from([1, 2]), activate=st.booleans(), columns_first=st.booleans(),
-    seed=st.integers(0, 9),
+    inputs=st.sampled_from([16, 32, 48]), outputs=st.sampled_from([3, 16, 28, 32]), volume=st.booleans(),
+    added=st.booleans(), normed=st.booleans(), enlarge=st.sampled_from([1, 2]), activate=st.booleans(),
+    columns_first=st.booleans(), seed=st.integers(0, 9),
 )  # fmt: skip
 def test_convolutions_of_any_size(
     library, b, t, h, w, inputs, outputs, volume, added, normed, enlarge, activate, columns_first, seed
@@ -191,7 +192,7 @@ def test_linear_layers_and_convolutions_over_time(
         x = F.silu(x * norm[0].double()[:, None, None] + norm[1].double()[:, None, None])
     truth = F.conv2d(x.permute(0, 3, 1, 2), weight.double()[..., None], None if bias is None else bias.double(),
                      padding=(taps // 2, 0)).permute(0, 2, 3, 1)  # fmt: skip
-    nearly(y, truth if add is None else truth + add, 2e-6)
+    nearly(y, truth if add is None else truth + add, 2e-6 if taps == 1 else 1e-5)
 
 
 @there
@@ -276,9 +277,11 @@ def test_attention_over_time(library, b, t, n, heads, size, pairs, seed):
 
 
 @there
-def test_attention_over_time_of_bfloat16_is_float32s_rounded():
+def test_attention_of_bfloat16_is_float32s_rounded():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 8, 30, 96).bfloat16() for _ in range(3))
+    flat = [x.flatten(1, 2) for x in (q, k, v)]
+    assert torch.equal(native.attend(*flat, 2), native.attend(*(x.float() for x in flat), 2).bfloat16())
     turns, bias = torch.polar(torch.ones(8, 16), torch.randn(8, 16)), torch.randn(2, 8, 8)
     wide = native.attend_over_time(q.float(), k.float(), v.float(), 2, turns, bias)
     assert torch.equal(native.attend_over_time(q, k, v, 2, turns, bias), wide.bfloat16())
@@ -391,7 +394,8 @@ def test_linear_layers_give_the_same_without_it(rows, added, monkeypatch):
     ("inputs", "outputs", "side", "dtype", "taken"),
     [
         (32, 48, 32, torch.float32, True), (32, 40, 32, torch.float32, False), (24, 32, 32, torch.float32, False),
-        (16, 32, 32, torch.float32, False), (32, 48, 31, torch.float32, False), (32, 48, 32, torch.bfloat16, False),
+        (16, 32, 32, torch.float32, False), (32, 5, 32, torch.float32, True), (256, 5, 32, torch.float32, False),
+        (32, 48, 31, torch.float32, False), (32, 48, 32, torch.bfloat16, False),
     ],
 )  # fmt: skip
 def test_layers_take_it_where_it_pays(inputs, outputs, side, dtype, taken, monkeypatch):

@@ -25,7 +25,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = No
 
     q "n i c", k and v "n j c" (n may be 1 there), bias broadcastable to "n heads i j" -> "n i c".
     """
-    if bias is None and fused(q, k) and native.attends(q, k, heads):
+    if bias is None and inferring(q, k) and native.attends(q, k, heads):
         return native.attend(q, k, v, heads)
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     if bias is None and q.dtype is torch.bfloat16 and fused(q, k) and k.shape[2] >= QUERIES and len(k) == len(q):

@@ -151,7 +151,7 @@ class JointNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor, act: bool = False) -> Tensor:
-        if inferring(x, self.weight) and native.normalises(x, x.shape[1]):
+        if inferring(x, self.weight) and native.reads(x, x.shape[1]):
             m = memory(x)
             return video(native.line(m, *self.line(m), act))
         if x.device.type == "cpu" and x[0, 0].numel() > LARGE and not torch.is_grad_enabled():

@@ -1,16 +1,15 @@
-// Convolutions and normalisation for CPUs in this project's own machine code; vsuav/native.py calls it and says what
+// Convolutions and linear layers for CPUs in this project's own machine code; vsuav/native.py calls it and says what
 // each function computes. Compiled once for every kind of CPU: LANES floats are computed together.
 //
 // A value's bits depend on the operands alone: work is cut into pieces by the shapes, never by the number of threads.
 
 #include <algorithm>
-#include <cmath>
-#include <vector>
 
 #include <omp.h>
 
 #include "native.h"
 
+extern "C" int64_t norm_sizes();
 extern "C" int64_t attention_sizes();
 
 namespace {
@@ -22,8 +21,9 @@ constexpr int64_t DEEP = 3;  // frames of a convolution over three whose results
 // they do not compete for the same lines of the cache.
 inline int64_t apart(int64_t block, int64_t channels) { return block * channels + 16; }
 
-// Winograd's F(TILE, 3): SPAN numbers become as many sums, three weights likewise; their products become TILE results.
-template <int TILE>
+// Winograd's F(TILE, TAPS): TILE + TAPS - 1 numbers become as many sums, and so do TAPS weights; their products become
+// TILE results.
+template <int TILE, int TAPS = 3>
 struct Winograd;
 
 template <>
@@ -105,21 +105,37 @@ struct Winograd<6> {  // at 0, 1, -1, 2, -2, 1/2, -1/2 and infinity
     }
 };
 
-// y = scale x + shift by channel, of some pixels, followed by SiLU where `activate` says so.
-template <typename T>
-inline void lined(const T* x, const float* scale, const float* shift, int64_t pixels, int64_t channels, bool activate,
-                  T* y) {
-    for (int64_t p = 0; p < pixels; p++, x += channels, y += channels)
-        for (int64_t ch = 0; ch < channels; ch += PANEL) {
-            V v[2] = {};
-            for (int k = 0; k < VECTORS; k++) {
-                const int64_t at = ch + k * LANES;
-                v[k] = load(x + at) * load(scale + at) + load(shift + at);
-            }
-            if (activate) silu(v[0], v[1]);
-            for (int k = 0; k < VECTORS; k++) store(y + ch + k * LANES, v[k]);
-        }
-}
+template <>
+struct Winograd<4, 5> {  // at the same numbers
+    static void sums(const V* d, int step, V* s) { Winograd<6>::sums(d, step, s); }
+
+    static void results(const V* m, int step, V* r) {
+        const V twice = m[3 * step] + m[4 * step], twice_odd = m[3 * step] - m[4 * step];
+        const V half = m[5 * step] + m[6 * step], half_odd = m[5 * step] - m[6 * step];
+        const V even = m[step] + m[2 * step], odd = m[step] - m[2 * step];
+        r[0] = m[0] + even + twice + 32 * half;
+        r[1] = odd + 2 * twice_odd + 16 * half_odd;
+        r[2] = even + 4 * twice + 8 * half;
+        r[3] = odd + 8 * twice_odd + 4 * half_odd + m[7 * step];
+    }
+
+    static void weights(const V* g, int step, V* u) {
+        const V g0 = g[0], g1 = g[step], g2 = g[2 * step], g3 = g[3 * step], g4 = g[4 * step];
+        V even = g0 + g2 + g4, odd = g1 + g3;
+        u[0] = g0;
+        u[1] = (even + odd) * (-2.0f / 9);
+        u[2] = (even - odd) * (-2.0f / 9);
+        even = g0 + 4 * g2 + 16 * g4;
+        odd = 2 * g1 + 8 * g3;
+        u[3] = (even + odd) * (1.0f / 90);
+        u[4] = (even - odd) * (1.0f / 90);
+        even = 16 * g0 + 4 * g2 + g4;
+        odd = 8 * g1 + 2 * g3;
+        u[5] = (even + odd) * (1.0f / 720);
+        u[6] = (even - odd) * (1.0f / 720);
+        u[7] = g4;
+    }
+};
 
 struct Convolution {
     const float *x, *scale, *shift, *weight, *bias, *add;
@@ -143,8 +159,9 @@ struct Layer : Convolution {
     const int64_t seen = std::min(deep + 2 * reach, length), stacks = (length + deep - 1) / deep;
     const int64_t tiles = high * wide * (reach ? 1 : clips * frames), blocks = (tiles + block - 1) / block;
     const int64_t jobs = (reach ? clips : 1) * stacks * blocks;
-    const int64_t depth = taps * in, panels = out / PANEL;
-    const int64_t far = apart(depth, out), step = apart(block, in), place = apart(block, PANEL);  // from sum to sum
+    const int64_t depth = taps * in, panels = (out + PANEL - 1) / PANEL;  // the last panel may hold less than others
+    const int64_t far = apart(depth, panels * PANEL);                          // from sum to sum, as the next two
+    const int64_t step = apart(block, in), place = apart(block, PANEL);
 
     explicit Layer(const Convolution& c) : Convolution(c) {}
 
@@ -156,10 +173,11 @@ struct Layer : Convolution {
     void weigh(int64_t panel, int64_t tap) const {
         for (int64_t i = 0; i < in; i++)
             for (int v = 0; v < VECTORS; v++) {
-                V g[9], half[3 * SPAN], u[SPAN];
-                const float* w = weight + (panel * PANEL + v * LANES) * by_out + i * by_in + tap * by_tap;
+                V g[9] = {}, half[3 * SPAN], u[SPAN];
+                const int64_t first = panel * PANEL + v * LANES, present = std::min<int64_t>(out - first, LANES);
+                const float* w = weight + first * by_out + i * by_in + tap * by_tap;
                 for (int k = 0; k < 9; k++)
-                    for (int lane = 0; lane < LANES; lane++)
+                    for (int64_t lane = 0; lane < present; lane++)
                         g[k][lane] = w[lane * by_out + k / 3 * by_row + k % 3 * by_column];
                 for (int k = 0; k < 3; k++) Winograd<TILE>::weights(g + 3 * k, 1, half + SPAN * k);
                 for (int k = 0; k < SPAN; k++) {
@@ -192,8 +210,9 @@ struct Layer : Convolution {
                         product(a + t * in, SUMS * step, b, highest - lowest + 1, in,
                                 [&](int r, int v, V sum) { store(m + (t + r) * PANEL + v * LANES, sum); });
                 }
+            const auto finish = out - panel * PANEL >= PANEL ? &Layer::finish<true> : &Layer::finish<false>;
             for (int64_t n = made; n < till; n++)
-                finish(clip * length + n, first, count, panel, products + (n - made) * SUMS * place);
+                (this->*finish)(clip * length + n, first, count, panel, products + (n - made) * SUMS * place);
         }
     }
 
@@ -256,23 +275,27 @@ struct Layer : Convolution {
     }
 
     // The pixels of tiles first … first + count - 1, counted from the first tile of `frame`, from a panel's products.
+    // WHOLE: there are as many outputs.
+    template <bool WHOLE>
     void finish(int64_t frame, int64_t first, int64_t count, int64_t panel, const float* products) const {
         for (int64_t t = 0; t < count; t++) {
             const int64_t tile = first + t, there = frame + tile / (high * wide);
             const int64_t top = tile / wide % high * TILE, left = tile % wide * TILE;
             for (int v = 0; v < PANEL; v += LANES) {
+                const int64_t channel = panel * PANEL + v, present = WHOLE ? LANES : out - channel;
+                if (present <= 0) break;
                 V m[SUMS], down[SPAN * TILE], r[TILE];
                 for (int k = 0; k < SUMS; k++) m[k] = load(products + k * place + t * PANEL + v);
                 for (int j = 0; j < SPAN; j++) Winograd<TILE>::results(m + j, SPAN, down + j * TILE);
-                const V offset = load(bias + panel * PANEL + v);
+                const V offset = load_part(bias + channel, present);
                 for (int i = 0; i < TILE && top + i < rows; i++) {
                     Winograd<TILE>::results(down + i, TILE, r);
-                    const int64_t at = ((there * rows + top + i) * columns + left) * out + panel * PANEL + v;
+                    const int64_t at = ((there * rows + top + i) * columns + left) * out + channel;
                     const int64_t inside = std::min<int64_t>(TILE, columns - left);
                     for (int j = 0; j < TILE; j++) r[j] += offset;
-                    for (int j = 0; add && j < inside; j++) r[j] += load(add + at + j * out);
+                    for (int j = 0; add && j < inside; j++) r[j] += load_part(add + at + j * out, present);
                     for (int j = 0; activate && j < TILE; j += 2) silu(r[j], r[j + 1]);
-                    for (int j = 0; j < inside; j++) store(y + at + j * out, r[j]);
+                    for (int j = 0; j < inside; j++) store_part(y + at + j * out, r[j], present);
                 }
             }
         }
@@ -290,84 +313,184 @@ struct Layer : Convolution {
     }
 };
 
-struct Norm {
-    const void* x;  // of floats, or where `brief` says so of bfloat16
-    const float *weight, *bias;
-    float *scale, *shift;
-    int64_t clips, pixels, channels, groups, brief, threads;
-    double eps;
+struct Affine {
+    const float *x, *scale, *shift, *weight, *bias, *add;
+    float *rooms, *y;
+    int64_t clips, frames, pixels, in, out, taps, gated, block;
+    int64_t by_out, by_in, by_tap;  // strides of `weight`
+    int64_t threads;
 };
 
-template <typename T>
-void moments_of(const Norm& c) {
-    const T* const x = static_cast<const T*>(c.x);
-    constexpr int64_t PART = 4096, TOGETHER = 128;  // pixels: of a piece of work, and summed in float32
-    const int64_t parts = (c.pixels + PART - 1) / PART, each = c.channels / c.groups;
-    std::vector<double> sums(c.clips * parts * c.channels * 2);
+// Some pixels of all frames of a clip; where there is a scale, what they are after it, SiLU and all, in `room`.
+struct Piece {
+    int64_t clip, first, count, far;  // far: from frame to frame of x
+    const float* x;
 
-#pragma omp parallel for num_threads(c.threads) schedule(static)
-    for (int64_t job = 0; job < c.clips * parts; job++) {
-        const T* clip = x + job / parts * c.pixels * c.channels;
-        const int64_t first = job % parts * PART, last = std::min(first + PART, c.pixels);
-        double* to = sums.data() + job * c.channels * 2;
-        for (int64_t from = first; from < last; from += TOGETHER)
-            for (int64_t ch = 0; ch < c.channels; ch += LANES) {
-                const V pivot = load(clip + ch);  // of the order of the mean: the squares stay small
-                V sum = {}, squares = {};
-                for (int64_t p = from; p < std::min(from + TOGETHER, last); p++) {
-                    const V d = load(clip + p * c.channels + ch) - pivot;
-                    sum += d;
-                    squares += d * d;
-                }
-                for (int lane = 0; lane < LANES; lane++) {
-                    to[2 * (ch + lane)] += sum[lane];
-                    to[2 * (ch + lane) + 1] += squares[lane];
+    Piece(const Affine& c, int64_t job, int64_t blocks, float* room) {
+        const int64_t part = job % blocks;
+        clip = job / blocks;
+        first = part * c.pixels / blocks;
+        count = (part + 1) * c.pixels / blocks - first;
+        far = c.pixels * c.in;
+        x = c.x + (clip * c.frames * c.pixels + first) * c.in;
+        if (!c.scale) return;
+        const float *scale = c.scale + clip * c.in, *shift = c.shift + clip * c.in;
+        for (int64_t n = 0; n < c.frames; n++)
+            lined(x + n * far, scale, shift, count, c.in, true, room + n * count * c.in);
+        x = room;
+        far = count * c.in;
+    }
+};
+
+// Any linear layer, and convolution over time.
+struct Direct : Affine {
+    const int64_t reach = taps / 2, depth = taps * in, panels = out / PANEL, blocks = (pixels + block - 1) / block;
+    float* const weights = rooms;  // "panels depth PANEL", those of the gate last
+    float* const owns = weights + (gated ? 2 : 1) * depth * out;
+
+    explicit Direct(const Affine& c) : Affine(c) {}
+
+    int64_t own() const { return scale ? frames * block * in : 0; }
+    int64_t room() const { return (gated ? 2 : 1) * depth * out + threads * own(); }
+
+    void arrange(int64_t panel) const {
+        for (int64_t d = 0; d < depth; d++)
+            for (int64_t o = 0; o < PANEL; o++)
+                weights[(panel * depth + d) * PANEL + o] =
+                    weight[(panel * PANEL + o) * by_out + d % in * by_in + d / in * by_tap];
+    }
+
+    void work(int64_t job, float* own) const {
+        const Piece piece(*this, job, blocks, own);
+        for (int64_t panel = 0; panel < panels; panel++)
+            for (int64_t n = 0; n < frames; n++) {
+                const int64_t lowest = std::max<int64_t>(n - reach, 0);
+                const int64_t seen = std::min(n + reach, frames - 1) - lowest + 1;
+                const float* const right = weights + (panel * depth + (lowest - n + reach) * in) * PANEL;
+                const float* const offset = bias ? bias + panel * PANEL : nullptr;
+                for (int64_t p = 0; p < piece.count; p += ROWS) {
+                    const int64_t from = std::min(p, piece.count - ROWS);  // some of the last rows are computed twice
+                    const float* const left = piece.x + lowest * piece.far + from * in;
+                    const int64_t to = ((piece.clip * frames + n) * pixels + piece.first + from) * out + panel * PANEL;
+                    V gate[ROWS][VECTORS];
+                    if (gated)
+                        product(left, piece.far, right + panels * depth * PANEL, seen, in, [&](int r, int v, V sum) {
+                            gate[r][v] = gelu(sum + load(offset + out + v * LANES));
+                        });
+                    product(left, piece.far, right, seen, in, [&](int r, int v, V sum) {
+                        const int64_t at = to + r * out + v * LANES;
+                        if (offset) sum += load(offset + v * LANES);
+                        if (gated) sum *= gate[r][v];
+                        store(y + at, add ? sum + load(add + at) : sum);
+                    });
                 }
             }
     }
 
-    for (int64_t clip = 0; clip < c.clips; clip++)
-        for (int64_t group = 0; group < c.groups; group++) {
-            double mean = 0, power = 0;  // of the group, and the mean square
-            for (int64_t ch = group * each; ch < (group + 1) * each; ch++) {
-                double sum = 0, squares = 0;
-                for (int64_t part = 0; part < parts; part++) {
-                    sum += sums[((clip * parts + part) * c.channels + ch) * 2];
-                    squares += sums[((clip * parts + part) * c.channels + ch) * 2 + 1];
-                }
-                const double pivot = number(x[clip * c.pixels * c.channels + ch]), off = sum / c.pixels;
-                mean += (pivot + off) / each;
-                power += (squares / c.pixels + pivot * (pivot + 2 * off)) / each;
+    void compute() const {
+#pragma omp parallel num_threads(threads)
+        {
+            float* const room = owns + omp_get_thread_num() * own();
+#pragma omp for schedule(static)
+            for (int64_t panel = 0; panel < panels * (gated ? 2 : 1); panel++) arrange(panel);
+#pragma omp for schedule(static)
+            for (int64_t job = 0; job < clips * blocks; job++) work(job, room);
+        }
+    }
+};
+
+// A convolution over time by Winograd's way: TILE frames together.
+template <int TAPS>
+struct Tiled : Affine {
+    static constexpr int TILE = 4, SPAN = TILE + TAPS - 1;
+    typedef Winograd<TILE, TAPS> Way;
+
+    const int64_t panels = out / PANEL, blocks = (pixels + block - 1) / block, tiles = (frames + TILE - 1) / TILE;
+    const int64_t rows = (block + ROWS - 1) / ROWS * ROWS;
+    const int64_t far = apart(in, out), step = apart(rows, in), place = apart(rows, PANEL);  // from sum to sum
+    float* const weights = rooms;  // "sums panels in PANEL"
+    float* const owns = weights + SPAN * far;
+
+    explicit Tiled(const Affine& c) : Affine(c) {}
+
+    int64_t own() const { return (scale ? frames * block * in : 0) + SPAN * (step + place); }
+    int64_t room() const { return SPAN * far + threads * own(); }
+
+    // Does it spare a quarter of the products, or more? (Those with frames that are not there are not made directly.)
+    bool pays() const {
+        const int64_t direct = frames * TAPS - TAPS / 2 * (TAPS / 2 + 1);
+        return taps == TAPS && !gated && in % PANEL == 0 && 4 * SPAN * tiles <= 3 * direct;
+    }
+
+    void weigh(int64_t panel) const {
+        for (int64_t i = 0; i < in; i++)
+            for (int v = 0; v < VECTORS; v++) {
+                V g[TAPS], u[SPAN];
+                const float* w = weight + (panel * PANEL + v * LANES) * by_out + i * by_in;
+                for (int tap = 0; tap < TAPS; tap++)
+                    for (int lane = 0; lane < LANES; lane++) g[tap][lane] = w[lane * by_out + tap * by_tap];
+                Way::weights(g, 1, u);
+                for (int k = 0; k < SPAN; k++) store(weights + k * far + (panel * in + i) * PANEL + v * LANES, u[k]);
             }
-            const double steep = 1 / std::sqrt(std::max(power - mean * mean, 0.0) + c.eps);
-            for (int64_t ch = group * each; ch < (group + 1) * each; ch++) {
-                c.scale[clip * c.channels + ch] = static_cast<float>(c.weight[ch] * steep);
-                c.shift[clip * c.channels + ch] = static_cast<float>(c.bias[ch] - mean * c.weight[ch] * steep);
+    }
+
+    void work(int64_t job, float* own) const {
+        float* const summed = own;                  // "sums pixels in"
+        float* const products = own + SPAN * step;  // "sums pixels PANEL"
+        const Piece piece(*this, job, blocks, products + SPAN * place);
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            sum_up(piece, tile * TILE - TAPS / 2, summed);
+            for (int64_t panel = 0; panel < panels; panel++) {
+                for (int k = 0; k < SPAN; k++)
+                    for (int64_t p = 0; p < piece.count; p += ROWS)  // rows beyond the last pixel hold anything
+                        product(summed + k * step + p * in, 0, weights + k * far + panel * in * PANEL, 1, in,
+                                [&](int r, int v, V sum) {
+                                    store(products + k * place + (p + r) * PANEL + v * LANES, sum);
+                                });
+                finish(piece, tile * TILE, panel, products);
             }
         }
-}
-
-struct Line {
-    const void* x;  // as in Norm
-    const float *scale, *shift;
-    void* y;
-    int64_t clips, pixels, channels, activate, brief, threads;
-};
-
-template <typename T>
-void line_of(const Line& c) {
-    const T* const x = static_cast<const T*>(c.x);
-    T* const y = static_cast<T*>(c.y);
-    constexpr int64_t PART = 1024;
-    const int64_t parts = (c.pixels + PART - 1) / PART;
-#pragma omp parallel for num_threads(c.threads) schedule(static)
-    for (int64_t job = 0; job < c.clips * parts; job++) {
-        const int64_t clip = job / parts, first = clip * c.pixels + job % parts * PART;
-        const int64_t last = std::min(first + PART, (clip + 1) * c.pixels), at = clip * c.channels;
-        lined(x + first * c.channels, c.scale + at, c.shift + at, last - first, c.channels, c.activate,
-              y + first * c.channels);
     }
-}
+
+    // The sums of the SPAN frames from `first` on; there is nothing before and behind the clip.
+    void sum_up(const Piece& piece, int64_t first, float* to) const {
+        const float* lines[SPAN];
+        for (int k = 0; k < SPAN; k++)
+            lines[k] = 0 <= first + k && first + k < frames ? piece.x + (first + k) * piece.far : nullptr;
+        for (int64_t i = 0; i < piece.count * in; i += LANES) {
+            V d[SPAN], s[SPAN];
+            for (int k = 0; k < SPAN; k++) d[k] = lines[k] ? load(lines[k] + i) : V{};
+            Way::sums(d, 1, s);
+            for (int k = 0; k < SPAN; k++) store(to + k * step + i, s[k]);
+        }
+    }
+
+    // The pixels of the TILE frames from `first` on, from a panel's products.
+    void finish(const Piece& piece, int64_t first, int64_t panel, const float* products) const {
+        const int64_t inside = std::min<int64_t>(TILE, frames - first);
+        for (int64_t p = 0; p < piece.count; p++)
+            for (int v = 0; v < PANEL; v += LANES) {
+                V m[SPAN], r[TILE];
+                for (int k = 0; k < SPAN; k++) m[k] = load(products + k * place + p * PANEL + v);
+                Way::results(m, 1, r);
+                const V offset = bias ? load(bias + panel * PANEL + v) : V{};
+                int64_t at = ((piece.clip * frames + first) * pixels + piece.first + p) * out + panel * PANEL + v;
+                for (int64_t j = 0; j < inside; j++, at += pixels * out)
+                    store(y + at, add ? r[j] + offset + load(add + at) : r[j] + offset);
+            }
+    }
+
+    void compute() const {
+#pragma omp parallel num_threads(threads)
+        {
+            float* const room = owns + omp_get_thread_num() * own();
+#pragma omp for schedule(static)
+            for (int64_t panel = 0; panel < panels; panel++) weigh(panel);
+#pragma omp for schedule(static)
+            for (int64_t job = 0; job < clips * blocks; job++) work(job, room);
+        }
+    }
+};
 
 }  // namespace
 
@@ -381,78 +504,22 @@ int64_t room(const Convolution* c) { return c->tile == 6 ? Layer<6>(*c).room() :
 
 void convolve(const Convolution* c) { c->tile == 6 ? Layer<6>(*c).compute() : Layer<4>(*c).compute(); }
 
-struct Affine {
-    const float *x, *scale, *shift, *weight, *bias, *add;
-    float *weights, *rooms, *y;
-    int64_t clips, frames, pixels, in, out, taps, gated, block;
-    int64_t by_out, by_in, by_tap;  // strides of `weight`
-    int64_t threads;
-};
-
-void affine(const Affine* given) {
-    const Affine c = *given;
-    const int64_t reach = c.taps / 2, depth = c.taps * c.in, panels = c.out / PANEL;
-    const int64_t blocks = (c.pixels + c.block - 1) / c.block;
-
-#pragma omp parallel num_threads(c.threads)
-    {
-        float* const own = c.rooms + omp_get_thread_num() * c.frames * c.block * c.in;  // "frames block in"
-
-        // `weights` "panels depth PANEL", those of the gate last
-#pragma omp for schedule(static)
-        for (int64_t panel = 0; panel < panels * (c.gated ? 2 : 1); panel++)
-            for (int64_t d = 0; d < depth; d++)
-                for (int64_t o = 0; o < PANEL; o++)
-                    c.weights[(panel * depth + d) * PANEL + o] =
-                        c.weight[(panel * PANEL + o) * c.by_out + d % c.in * c.by_in + d / c.in * c.by_tap];
-
-#pragma omp for schedule(static)
-        for (int64_t job = 0; job < c.clips * blocks; job++) {  // some pixels of all frames of a clip
-            const int64_t clip = job / blocks, part = job % blocks;
-            const int64_t first = part * c.pixels / blocks, count = (part + 1) * c.pixels / blocks - first;
-            const float* x = c.x + (clip * c.frames * c.pixels + first) * c.in;
-            int64_t far = c.pixels * c.in;
-            if (c.scale) {
-                const float *scale = c.scale + clip * c.in, *shift = c.shift + clip * c.in;
-                for (int64_t n = 0; n < c.frames; n++)
-                    lined(x + n * far, scale, shift, count, c.in, true, own + n * count * c.in);
-                x = own;
-                far = count * c.in;
-            }
-            for (int64_t panel = 0; panel < panels; panel++)
-                for (int64_t n = 0; n < c.frames; n++) {
-                    const int64_t lowest = std::max<int64_t>(n - reach, 0);
-                    const int64_t taps = std::min(n + reach, c.frames - 1) - lowest + 1;
-                    const float* weights = c.weights + (panel * depth + (lowest - n + reach) * c.in) * PANEL;
-                    const float* bias = c.bias ? c.bias + panel * PANEL : nullptr;
-                    for (int64_t p = 0; p < count; p += ROWS) {
-                        const int64_t from = std::min(p, count - ROWS);  // some of the last rows are computed twice
-                        const float* a = x + lowest * far + from * c.in;
-                        const int64_t to = ((clip * c.frames + n) * c.pixels + first + from) * c.out + panel * PANEL;
-                        V gate[ROWS][VECTORS];
-                        if (c.gated)
-                            product(a, far, weights + panels * depth * PANEL, taps, c.in, [&](int r, int v, V sum) {
-                                gate[r][v] = gelu(sum + load(bias + c.out + v * LANES));
-                            });
-                        product(a, far, weights, taps, c.in, [&](int r, int v, V sum) {
-                            const int64_t at = to + r * c.out + v * LANES;
-                            if (bias) sum += load(bias + v * LANES);
-                            if (c.gated) sum *= gate[r][v];
-                            store(c.y + at, c.add ? sum + load(c.add + at) : sum);
-                        });
-                    }
-                }
-        }
-    }
+// Numbers `affine` needs, for all its threads together.
+int64_t affine_room(const Affine* a) {
+    const Tiled<3> three(*a);
+    const Tiled<5> five(*a);
+    return three.pays() ? three.room() : five.pays() ? five.room() : Direct(*a).room();
 }
 
-void moments(const Norm* c) { c->brief ? moments_of<Brief>(*c) : moments_of<float>(*c); }
-
-void line(const Line* c) { c->brief ? line_of<Brief>(*c) : line_of<float>(*c); }
+void affine(const Affine* a) {
+    const Tiled<3> three(*a);
+    const Tiled<5> five(*a);
+    three.pays() ? three.compute() : five.pays() ? five.compute() : Direct(*a).compute();
+}
 
 // By which the caller knows that it has the same structures.
 int64_t sizes() {
-    return sizeof(Convolution) | sizeof(Affine) << 10 | sizeof(Norm) << 20 | sizeof(Line) << 30 | attention_sizes() << 40;
+    return sizeof(Convolution) | sizeof(Affine) << 10 | norm_sizes() << 20 | attention_sizes() << 40;
 }
 
 }  // extern "C"

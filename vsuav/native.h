@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include <immintrin.h>
 
@@ -58,12 +57,17 @@ inline void store(Brief* p, V v) {
 #endif
 }
 
-inline float number(float x) { return x; }
-inline float number(Brief x) {
-    const uint32_t bits = static_cast<uint32_t>(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, sizeof y);
-    return y;
+// Of memory that holds only `count` numbers more: those, zero behind them; and so many of a vector.
+inline V load_part(const float* p, int64_t count) {
+    if (count >= LANES) return load(p);
+    V v = {};
+    for (int64_t lane = 0; lane < count; lane++) v[lane] = p[lane];
+    return v;
+}
+
+inline void store_part(float* p, V v, int64_t count) {
+    if (count >= LANES) return store(p, v);
+    for (int64_t lane = 0; lane < count; lane++) p[lane] = v[lane];
 }
 
 // The larger and the smaller; b where one of them is not a number.
@@ -122,6 +126,22 @@ inline V gelu(V x) {
     y = y * t + 0.254829592f;
     const V tail = 0.5f * (y * t) * fallen(z * z);  // of the Gaussian beyond |x|
     return larger(x, V{}) - larger(x, -x) * tail;
+}
+
+// y = scale x + shift by channel, of some pixels, followed by SiLU where `activate` says so.
+template <typename T>
+inline void lined(const T* x, const float* scale, const float* shift, int64_t pixels, int64_t channels, bool activate,
+                  T* y) {
+    for (int64_t p = 0; p < pixels; p++, x += channels, y += channels)
+        for (int64_t ch = 0; ch < channels; ch += PANEL) {
+            V v[2] = {};
+            for (int k = 0; k < VECTORS; k++) {
+                const int64_t at = ch + k * LANES;
+                v[k] = load(x + at) * load(scale + at) + load(shift + at);
+            }
+            if (activate) silu(v[0], v[1]);
+            for (int k = 0; k < VECTORS; k++) store(y + ch + k * LANES, v[k]);
+        }
 }
 
 // The sum over taps of a "ROWS k" times b "k PANEL"; from tap to tap a is `far` numbers on. `done(row, vector, sum)` is

@@ -1,8 +1,8 @@
 """The project's own machine code for CPUs, where it was built: 3x3 convolutions in float32 with a quarter or a fifth of
 the multiplications, convolutions over time, linear layers, group normalisation, and attention.
 
-`native.cpp` and `native_attention.cpp` are compiled when vsuav is installed, once for every kind of CPU. Without a
-compiler, or on another CPU, there is no `KIND`, and the layers do without.
+`native*.cpp` are compiled when vsuav is installed, once for every kind of CPU. Without a compiler, or on another CPU,
+there is no `KIND`, and the layers do without. Group norms and attention are computed for bfloat16 as well.
 
 The convolutions are F(4x4, 3x3), as in winograd.py, or F(6x6, 3x3) of Lavin and Gray (CVPR 2016, arXiv 1509.09308),
 with everything that surrounds them: what is normalised, activated, enlarged and summed up is computed on the way, so
@@ -24,8 +24,8 @@ from torch import Tensor
 from vsuav import buffers
 
 LEAST, MULTIPLE, MANY = 32, 16, 2048
-"""Least channels, in and out, of convolutions that are computed here; what channels must be a multiple of; least pixels
-of all frames together, or rows of a linear layer."""
+"""Least channels, in and out, of convolutions that are computed here; what channels must be a multiple of, unless fewer
+come out; least pixels of all frames together, or rows of a linear layer."""
 BLOCK, WIDE, MOST = 12, 256, 96
 """Tiles computed together are a multiple of BLOCK, which is also the least number of pixels of a frame over time. Of
 inputs with WIDE channels or more, at most MOST are computed together."""
@@ -44,7 +44,7 @@ class _Convolution(ctypes.Structure):
 
 class _Affine(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("x", "scale", "shift", "weight", "bias", "add", "weights", "rooms", "y")),
+        *((name, c_void_p) for name in ("x", "scale", "shift", "weight", "bias", "add", "rooms", "y")),
         *((name, c_int64) for name in ("clips", "frames", "pixels", "inputs", "outputs", "taps", "gated", "block")),
         *((name, c_int64) for name in ("by_out", "by_in", "by_tap", "threads")),
     ]
@@ -92,7 +92,8 @@ def opened(file: Path) -> ctypes.CDLL:
         library.sizes.restype = c_int64
     if not hasattr(library, "sizes") or library.sizes() != sizes:
         raise OSError(f"{file} was built from other source")
-    for function in (library.room, library.weights_room, library.attend_room, library.over_time_room):
+    for name in ("room", "weights_room", "affine_room", "attend_room", "over_time_room"):
+        function = getattr(library, name)
         function.argtypes, function.restype = (c_void_p,), c_int64
     return library
 
@@ -118,19 +119,20 @@ def _at(x: Tensor | None) -> int | None:
 
 def takes(x: Tensor, channels: int) -> bool:
     """Can an activation with so many channels be computed here, where no gradients are wanted?"""
-    return x.dtype == torch.float32 and normalises(x, channels)
+    return x.dtype == torch.float32 and reads(x, channels)
 
 
-def normalises(x: Tensor, channels: int) -> bool:
-    """Can it be normalised here, or attend over time, in float32 or bfloat16?"""
+def reads(x: Tensor, channels: int) -> bool:
+    """Can one of either type be normalised here, or attend?"""
     known = x.dtype in (torch.float32, torch.bfloat16)
     return KIND is not None and known and x.device.type == "cpu" and channels % MULTIPLE == 0
 
 
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Is it here that a 3x3 or 3x3x3 convolution of x "b c t h w" with weight "o i … 3 3" is computed fastest?"""
-    narrow, pixels = min(weight.shape[:2]), x[:, 0].numel()
-    return takes(x, weight.shape[0]) and weight.shape[1] % MULTIPLE == 0 and narrow >= LEAST and pixels >= MANY
+    outputs, inputs = weight.shape[:2]
+    few, many = outputs < MULTIPLE and inputs < WIDE, outputs >= LEAST and outputs % MULTIPLE == 0
+    return takes(x, inputs) and inputs >= LEAST and (few or many) and x[:, 0].numel() >= MANY
 
 
 def convolve(
@@ -141,8 +143,8 @@ def convolve(
 
     Args:
         m: contiguous float32, as are all others but `weight`.
-        weight: float32 "o i 3 3", or "o i 3 3 3", which sees the frames before and after; in any layout. i and o are
-            multiples of 16.
+        weight: float32 "o i 3 3", or "o i 3 3 3", which sees the frames before and after; in any layout. i is a
+            multiple of 16.
         bias: "o".
         add: "b t h w o", what is added to the result.
         norm: scale and shift "b i", before which nothing is activated: without it the convolution is of m itself.
@@ -205,14 +207,15 @@ def affine(
     pixels, taps = m[0, 0, ..., 0].numel(), weight.shape[2] if weight.dim() == 3 else 1
     outputs, block = len(weight) // (2 if gated else 1), min(4 * BLOCK, pixels)
     strides = weight.stride() if weight.dim() == 3 else (*weight.stride(), 0)
-    (scale, shift), threads = norm or (None, None), torch.get_num_threads()
-    shared, own = len(weight) * taps * inputs, t * block * inputs if norm else 0
+    scale, shift = norm or (None, None)
     y = buffers.empty((*m.shape[:-1], outputs), m.dtype)
-    with _scratch(shared + threads * own) as room:
-        _library.affine(ctypes.byref(_Affine(
-            _at(m), _at(scale), _at(shift), _at(weight), _at(bias), _at(add), _at(room), _at(room[shared:]), _at(y),
-            b, t, pixels, inputs, outputs, taps, gated, block, *strides, threads,
-        )))  # fmt: skip
+    call = _Affine(
+        _at(m), _at(scale), _at(shift), _at(weight), _at(bias), _at(add), None, _at(y),
+        b, t, pixels, inputs, outputs, taps, gated, block, *strides, torch.get_num_threads(),
+    )  # fmt: skip
+    with _scratch(_library.affine_room(ctypes.byref(call))) as room:
+        call.rooms = _at(room)
+        _library.affine(ctypes.byref(call))
     return y
 
 
@@ -268,15 +271,17 @@ def line(m: Tensor, scale: Tensor, shift: Tensor, act: bool) -> Tensor:
 
 
 def attends(q: Tensor, k: Tensor, heads: int) -> bool:
-    """Is it here that attention of q "n i c" to k "n j c" is computed fastest?"""
-    return takes(q, q.shape[-1] // heads) and len(q) == len(k) and q[..., 0].numel() >= MANY
+    """Is it here that attention of q "n i c" to k "n j c" is computed fastest, in float32 or bfloat16?"""
+    return reads(q, q.shape[-1] // heads) and len(q) == len(k) and q[..., 0].numel() >= MANY
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Softmax attention of q "n i c" to k and v "n j c", float32 -> "n i c".
+    """Softmax attention of q "n i c" to k and v "n j c" -> "n i c", in float32.
 
-    Heads are contiguous slices of the channels, of a multiple of 16.
+    They are float32 or bfloat16, as is the result; heads are contiguous slices of the channels, of a multiple of 16.
     """
+    if q.dtype != torch.float32:
+        return attend(q.float(), k.float(), v.float(), heads).to(q.dtype)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     n, queries, c = q.shape
     y = buffers.empty(q.shape, q.dtype)
@@ -291,14 +296,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 def attends_over_time(q: Tensor, heads: int) -> bool:
     """Is it here that attention among the frames "b t n c" is computed fastest, in float32 or bfloat16?"""
-    return normalises(q, q.shape[-1] // heads) and q.shape[1] <= FRAMES
+    return reads(q, q.shape[-1] // heads) and q.shape[1] <= FRAMES
 
 
 def attend_over_time(q: Tensor, k: Tensor, v: Tensor, heads: int, turns: Tensor, bias: Tensor) -> Tensor:
     """Softmax attention among the frames of every pixel, contiguous "b t n c" -> "b t n c", in float32.
 
     Args:
-        q, k, v: float32 or bfloat16, as is the result; their heads are contiguous slices of the channels, of a multiple of 16. Not more than `FRAMES` frames.
+        q, k, v: float32 or bfloat16, as is the result; their heads are contiguous slices of the channels, of a multiple
+            of 16. Not more than `FRAMES` frames.
         turns: complex "t p", by which the first p pairs of channels of every head of q and k are multiplied.
         bias: "heads t t", what is added to the scores.
     """
