@@ -27,6 +27,9 @@ from vsuav.layers import (
     clip,
     concat,
     frames,
+    plus,
+    shuffled,
+    times,
     zeroed,
 )
 
@@ -222,7 +225,8 @@ class ConditionFuse(nn.Module):
 
     def forward(self, condition: Tensor, x: Tensor, w: float = 1.0) -> Tensor:
         u = self.shared(concat(condition, x))
-        return x + w * (x * self.scale(u) + self.shift(u))
+        change = self.shift(u, add=times(self.scale(u), x))
+        return plus(change if w == 1 else change * w, x)
 
 
 class Decoder(nn.Module):
@@ -264,7 +268,7 @@ class Decoder(nn.Module):
 
     def arranged(self, x: Tensor) -> Tensor:
         """The blocks of pixels that `conv_out` gives as channels, as pixels."""
-        return clip(F.pixel_shuffle(frames(x), self.shuffle), x.shape[2]) if self.shuffle > 1 else x
+        return shuffled(x, self.shuffle) if self.shuffle > 1 else x
 
 
 class VAE(nn.Module):
@@ -326,7 +330,8 @@ class VAE(nn.Module):
         if self.config.enlarger_channels:
             x = self.enlarger.mixed(x, self._enter(low_res), level)
         if self.config.bicubic_skip:
-            x = x + clip(bicubic(frames(low_res), self.config.factor), z.shape[2]).to(x)
+            skip = bicubic(low_res.transpose(1, 2).flatten(0, 1), self.config.factor)
+            x = plus(x, skip.unflatten(0, (-1, z.shape[2])).transpose(1, 2).to(x))
         return without_colour(x, z[:, -1:]) if self.config.fading else x
 
 
