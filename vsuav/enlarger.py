@@ -70,4 +70,5 @@ class Enlarger(nn.Module):
         """
         detail, trust = self(low_res)
         share = torch.sigmoid(trust + self.class_embedding(level)[:, :, None, None, None].to(trust))
-        return torch.lerp(drawn, detail.to(drawn), share.to(drawn))
+        detail = detail.to(drawn)
+        return torch.lerp(drawn, detail, share.to(drawn), out=None if torch.is_grad_enabled() else detail)

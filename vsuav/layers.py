@@ -64,10 +64,8 @@ def untokens(z: Tensor, like: Tensor) -> Tensor:
 def concat(a: Tensor, b: Tensor) -> Tensor:
     """Concatenation on channels, done in memory order (one straight copy per pixel)."""
     a, b = memory(a), memory(b)
-    kept = a.device.type == "cpu" and a.dtype == b.dtype and not torch.is_grad_enabled()
     shape = *a.shape[:-1], a.shape[-1] + b.shape[-1]
-    out = buffers.empty(shape, a.dtype) if kept and not torch.compiler.is_compiling() else None
-    return video(torch.cat([a, b], dim=-1, out=out))
+    return video(torch.cat([a, b], dim=-1, out=buffers.out(shape, a) if a.dtype == b.dtype else None))
 
 
 def _fused_dtypes() -> set[torch.dtype]:

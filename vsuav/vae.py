@@ -338,9 +338,10 @@ class VAE(nn.Module):
 def without_colour(x: Tensor, faded: Tensor) -> Tensor:
     """x "b 3 t H W" with as much less colour as `faded` "b 1 t h w" says: none less at 0.5 and below, all from 0.7 on.
 
-    A latent's own number is noisy; the mean of its 9x9 neighbourhood counts.
+    A latent's own number is noisy; the mean of its 9x9 neighbourhood counts. x is overwritten unless gradients need it.
     """
     mean = F.avg_pool2d(F.pad(frames(faded), (4, 4, 4, 4), mode="replicate"), 9, stride=1)
     share = F.interpolate(((mean - 0.5) / 0.2).clamp(0, 1), x.shape[3:], mode="bilinear", align_corners=False)
     red, green, blue = x.split(1, dim=1)
-    return torch.lerp(x, 0.299 * red + 0.587 * green + 0.114 * blue, clip(share, x.shape[2]).to(x))
+    mix = torch.lerp if torch.is_grad_enabled() else Tensor.lerp_
+    return mix(x, 0.299 * red + 0.587 * green + 0.114 * blue, clip(share, x.shape[2]).to(x))
