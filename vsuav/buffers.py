@@ -38,6 +38,12 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(held).view(dtype).view(shape)
 
 
+def out(shape: Sequence[int], like: Tensor) -> Tensor | None:
+    """What `empty` gives, for a result of the type of `like`; None where torch itself is to find memory for it."""
+    own = like.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return empty(shape, like.dtype) if own else None
+
+
 def _keep(spare: list[np.ndarray], room: np.ndarray) -> None:
     """Back to its list, unless too much is kept: where frames are large, memory is worth more than a twentieth of the
     time."""

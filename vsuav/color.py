@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vsuav import buffers
+
 LEVELS = 5  # the coarsest blur reaches 1 + 2 + 4 + 8 + 16 = 31 pixels
 
 
@@ -32,7 +34,9 @@ def _stretched(x: Tensor, times: int, axis: int) -> Tensor:
         for part, weight in taps[1:]:
             total.add_(part, alpha=weight)
         phases.append(total)
-    return torch.stack(phases, dim=axis).flatten(axis - 1, axis)
+    *shape, high, wide = x.shape
+    shape = (*shape, high, wide, times) if axis == -1 else (*shape, high, times, wide)
+    return torch.stack(phases, dim=axis, out=buffers.out(shape, total)).flatten(axis - 1, axis)
 
 
 def _cubic(distance: float, a: float = -0.75) -> float:
@@ -60,7 +64,7 @@ def wavelet(content: Tensor, style: Tensor) -> Tensor:
     content - low(content) + low(style), where low is linear and therefore computed once, of the difference; on a CPU a
     plane at a time, which stays in its last cache.
     """
-    difference = style - content
+    difference = torch.sub(style, content, out=buffers.out(style.shape, style))
     planes = difference.flatten(0, 1)
     spare = torch.empty_like(planes[:1] if planes.device.type == "cpu" else planes)
     for some in planes.split(len(spare)):

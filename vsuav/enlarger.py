@@ -5,10 +5,9 @@ so the decoder's picture is mixed with this one, pixel by pixel and noise level 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vsuav.layers import FrameConv, VolumeConv, clip, frames, zeroed
+from vsuav.layers import FrameConv, VolumeConv, plus, shuffled, zeroed
 
 SCALE = 4
 UNTRAINED = -4.0
@@ -61,9 +60,8 @@ class Enlarger(nn.Module):
             x = block(x)
             if self.meetings and i % 2:
                 x = self.meetings[i // 2](x)
-        y = self.conv_out(x + first)
-        detail, trust = frames(y).split((3 * SCALE**2, SCALE**2), dim=1)
-        return tuple(clip(F.pixel_shuffle(part, SCALE), y.shape[2]) for part in (detail, trust))
+        detail, trust = self.conv_out(plus(x, first)).split((3 * SCALE**2, SCALE**2), dim=1)
+        return shuffled(detail, SCALE), shuffled(trust, SCALE)
 
     def mixed(self, drawn: Tensor, low_res: Tensor, level: Tensor) -> Tensor:
         """`drawn` "b 3 t 4h 4w", what a decoder adds to bicubic, mixed with what this network adds; level (b,), int64.
@@ -72,4 +70,5 @@ class Enlarger(nn.Module):
         """
         detail, trust = self(low_res)
         share = torch.sigmoid(trust + self.class_embedding(level)[:, :, None, None, None].to(trust))
-        return torch.lerp(drawn, detail.to(drawn), share.to(drawn))
+        detail = detail.to(drawn)
+        return torch.lerp(drawn, detail, share.to(drawn), out=None if torch.is_grad_enabled() else detail)

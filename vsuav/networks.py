@@ -323,7 +323,7 @@ class Networks:
             if self.settings.color_fix != "none":
                 style = bicubic(clean[0].transpose(0, 1).to(picture.device), 4)
                 picture = (adain if self.settings.color_fix == "adain" else wavelet)(picture, style)
-            return (picture / 2 + 0.5).clamp_(0, 1).cpu()
+            return picture.div_(2).add_(0.5).clamp_(0, 1).cpu()
 
     def _decode(self, z: Tensor, low_res: Tensor, frames: Sequence[int]) -> Tensor:
         height, width = z.shape[-2:]

@@ -27,6 +27,9 @@ from vsuav.layers import (
     clip,
     concat,
     frames,
+    plus,
+    shuffled,
+    times,
     zeroed,
 )
 
@@ -222,7 +225,8 @@ class ConditionFuse(nn.Module):
 
     def forward(self, condition: Tensor, x: Tensor, w: float = 1.0) -> Tensor:
         u = self.shared(concat(condition, x))
-        return x + w * (x * self.scale(u) + self.shift(u))
+        change = self.shift(u, add=times(self.scale(u), x))
+        return plus(change if w == 1 else change * w, x)
 
 
 class Decoder(nn.Module):
@@ -264,7 +268,7 @@ class Decoder(nn.Module):
 
     def arranged(self, x: Tensor) -> Tensor:
         """The blocks of pixels that `conv_out` gives as channels, as pixels."""
-        return clip(F.pixel_shuffle(frames(x), self.shuffle), x.shape[2]) if self.shuffle > 1 else x
+        return shuffled(x, self.shuffle) if self.shuffle > 1 else x
 
 
 class VAE(nn.Module):
@@ -326,16 +330,18 @@ class VAE(nn.Module):
         if self.config.enlarger_channels:
             x = self.enlarger.mixed(x, self._enter(low_res), level)
         if self.config.bicubic_skip:
-            x = x + clip(bicubic(frames(low_res), self.config.factor), z.shape[2]).to(x)
+            skip = bicubic(low_res.transpose(1, 2).flatten(0, 1), self.config.factor)
+            x = plus(x, skip.unflatten(0, (-1, z.shape[2])).transpose(1, 2).to(x))
         return without_colour(x, z[:, -1:]) if self.config.fading else x
 
 
 def without_colour(x: Tensor, faded: Tensor) -> Tensor:
     """x "b 3 t H W" with as much less colour as `faded` "b 1 t h w" says: none less at 0.5 and below, all from 0.7 on.
 
-    A latent's own number is noisy; the mean of its 9x9 neighbourhood counts.
+    A latent's own number is noisy; the mean of its 9x9 neighbourhood counts. x is overwritten unless gradients need it.
     """
     mean = F.avg_pool2d(F.pad(frames(faded), (4, 4, 4, 4), mode="replicate"), 9, stride=1)
     share = F.interpolate(((mean - 0.5) / 0.2).clamp(0, 1), x.shape[3:], mode="bilinear", align_corners=False)
     red, green, blue = x.split(1, dim=1)
-    return torch.lerp(x, 0.299 * red + 0.587 * green + 0.114 * blue, clip(share, x.shape[2]).to(x))
+    mix = torch.lerp if torch.is_grad_enabled() else Tensor.lerp_
+    return mix(x, 0.299 * red + 0.587 * green + 0.114 * blue, clip(share, x.shape[2]).to(x))
