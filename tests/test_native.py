@@ -132,7 +132,8 @@ def test_many_channels_and_many_blocks(library, monkeypatch, inputs, volume):
 @given(
     b=st.integers(1, 2), t=st.integers(1, 3), h=st.integers(1, 40), w=st.integers(1, 40),
     channels=st.sampled_from([16, 48]), groups=st.sampled_from([1, 2, 8]), act=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]), offset=st.sampled_from([0.0, 300.0]), seed=st.integers(0, 9),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]), offset=st.sampled_from([0.0, 300.0]),
+    seed=st.integers(0, 9),
 )  # fmt: skip
 def test_norms(library, b, t, h, w, channels, groups, act, dtype, offset, seed):
     torch.manual_seed(seed)
