@@ -136,10 +136,8 @@ def times(fresh: Tensor, other: Tensor) -> Tensor:
 
 
 def shuffled(x: Tensor, side: int) -> Tensor:
-    """Blocks of pixels that are channels "b (c side side) t h w" as pixels "b c t (h side) (w side)".
-
-    In memory it is planes, as pictures mostly are: on a CPU that is twice as fast to write as pixels, and then to use.
-    """
+    """Blocks of pixels that are channels "b (c side side) t h w" as pixels "b c t (h side) (w side)", which in memory
+    are planes: on a CPU that is twice as fast to write as pixels, and then to use."""
     blocks = x.permute(0, 2, 1, 3, 4).unflatten(2, (-1, side, side))
     return blocks.permute(0, 1, 2, 5, 3, 6, 4).flatten(5, 6).flatten(3, 4).transpose(1, 2)
 
