@@ -77,11 +77,29 @@ def test_sizes_that_are_no_longer_asked_for_are_freed():
     assert {size: len(rooms) for size, rooms in buffers._spare.items()} == {4 * NUMBERS: 1}
 
 
-def test_what_is_kept_does_not_grow_too_large(monkeypatch):
+@given(st.lists(st.tuples(st.sampled_from([1, 2, 3]), st.booleans()), max_size=30))
+def test_what_is_kept_is_bounded_and_asked_for_last(steps):
+    most, held, asked = 4, [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(buffers, "MOST", most * 4 * NUMBERS)
+        buffers.let_go()
+        buffers.tidy()
+        for size, drop in steps:
+            held.append(buffers.empty((size * NUMBERS,), torch.float32))
+            asked.append(size)
+            if drop:
+                held.clear()
+            kept = {size // (4 * NUMBERS): len(rooms) for size, rooms in buffers._spare.items() if rooms}
+            assert sum(size * count for size, count in kept.items()) <= most
+            if drop:
+                assert asked[-1] in kept
+
+
+def test_what_was_asked_for_longest_ago_goes_first(monkeypatch):
     monkeypatch.setattr(buffers, "MOST", 3 * 4 * NUMBERS)
     held = [buffers.empty((numbers,), torch.float32) for numbers in (NUMBERS, 2 * NUMBERS, NUMBERS)]
     del held[0], held[0], held[0]
-    assert {size: len(rooms) for size, rooms in buffers._spare.items()} == {4 * NUMBERS: 1, 8 * NUMBERS: 1}
+    assert {size: len(rooms) for size, rooms in buffers._spare.items()} == {4 * NUMBERS: 2, 8 * NUMBERS: 0}
 
 
 def test_threads_do_not_share():

@@ -3,6 +3,7 @@
 The system fetches fresh memory page by page; for tens of megabytes that takes longer than many a layer's sums.
 """
 
+import contextlib
 import math
 import weakref
 from collections.abc import Sequence
@@ -17,8 +18,8 @@ ALIGNED = 64
 
 _spare: dict[int, list[np.ndarray]] = {}
 """Size in bytes -> what nobody holds. Threads only append, pop and list, each of which is one step."""
-_asked: set[int] = set()
-"""Sizes asked for since `tidy`."""
+_asked: dict[int, None] = {}
+"""Sizes asked for since `tidy`, the latest one last."""
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -26,7 +27,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE:
         return torch.empty(shape, dtype=dtype)
-    _asked.add(size)
+    _asked.pop(size, None)
+    _asked[size] = None
     spare = _spare.setdefault(size, [])
     try:
         room = spare.pop()
@@ -45,15 +47,20 @@ def out(shape: Sequence[int], like: Tensor) -> Tensor | None:
 
 
 def _keep(spare: list[np.ndarray], room: np.ndarray) -> None:
-    """Back to its list, unless too much is kept: where frames are large, memory is worth more than a twentieth of the
-    time."""
-    if sum(size * len(rooms) for size, rooms in list(_spare.items())) + len(room) <= MOST:
-        spare.append(room)
+    """Back to its list; where too much is kept then, those go whose size was asked for longest ago."""
+    spare.append(room)
+    kept = sum(size * len(rooms) for size, rooms in list(_spare.items()))
+    for size in [*(_spare.keys() - _asked.keys()), *_asked]:
+        rooms = _spare.get(size)
+        while kept > MOST and rooms:
+            with contextlib.suppress(IndexError):
+                rooms.pop()
+            kept -= size
 
 
 def tidy() -> None:
     """Free what nobody holds of sizes that nobody asked for since the last time: those of a clip that has ended."""
-    for size in _spare.keys() - _asked:
+    for size in _spare.keys() - _asked.keys():
         _spare.pop(size, None)
     _asked.clear()
 
