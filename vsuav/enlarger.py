@@ -71,5 +71,5 @@ class Enlarger(nn.Module):
         detail, trust = self(low_res)
         share = torch.sigmoid(trust + self.class_embedding(level)[:, :, None, None, None].to(trust))
         detail = detail.to(drawn)
-        inside = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        return torch.lerp(drawn, detail, share.to(drawn), out=detail if inside else None)
+        in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        return torch.lerp(drawn, detail, share.to(drawn), out=detail if in_place else None)

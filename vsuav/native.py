@@ -300,7 +300,7 @@ def attends_over_time(q: Tensor, heads: int) -> bool:
 
 
 def attend_over_time(q: Tensor, k: Tensor, v: Tensor, heads: int, turns: Tensor, bias: Tensor) -> Tensor:
-    """Softmax attention among the frames of every pixel, contiguous "b t n c" -> "b t n c", in float32.
+    """Softmax attention among the frames of every pixel, "b t n c" -> "b t n c", in float32.
 
     Args:
         q, k, v: float32 or bfloat16, as is the result; their heads are contiguous slices of the channels, of a multiple
@@ -310,6 +310,7 @@ def attend_over_time(q: Tensor, k: Tensor, v: Tensor, heads: int, turns: Tensor,
     """
     if q.dtype != torch.float32:
         return attend_over_time(q.float(), k.float(), v.float(), heads, turns, bias.float()).to(q.dtype)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     b, t, n, c = q.shape
     size, pairs = c // heads, turns.shape[1]
     cosines = F.pad(turns.real.repeat_interleave(2, 1), (0, size - 2 * pairs), value=1)
