@@ -105,7 +105,7 @@ def _fill(pixels: np.ndarray, n: int, f: vs.VideoFrame) -> vs.VideoFrame:
 
 def drain(clip: vs.VideoNode) -> None:
     """Ask for every frame once, in order and ahead, as an encoder does."""
-    for _ in clip.frames(close=True):
+    for _ in clip.frames(close=True, collect_garbage=False):
         pass
 
 

@@ -15,6 +15,7 @@ from vsuav import native
 from vsuav.checkpoint import load, locate
 from vsuav.engine import Engine
 from vsuav.enlarger import Plain
+from vsuav.flow import origins
 from vsuav.layers import (
     FrameConv,
     JointNorm,
@@ -29,12 +30,13 @@ from vsuav.layers import (
     video,
 )  # fmt: skip
 from vsuav.networks import Networks, choose
+from vsuav.propagation import blend
 from vsuav.shots import Shots
 from vsuav.store import Store
 from vsuav.turns import working_threads
 
 there = pytest.mark.skipif(native.KIND is None, reason="this CPU has no machine code here, or it was not compiled")
-NAMES = "native.cpp", "native_norm.cpp", "native_attention.cpp"
+NAMES = "native.cpp", "native_norm.cpp", "native_attention.cpp", "native_propagation.cpp"
 SOURCES = [Path(native.__file__).with_name(name) for name in NAMES]
 
 
@@ -297,6 +299,31 @@ def test_attention_of_any_layout():
     wanted = native.attend_over_time(*straight, 2, turns, bias)
     assert torch.equal(native.attend_over_time(q, k, v, 2, turns, bias), wanted)
     assert torch.equal(native.attend(q[0], k[0], v[0], 2), native.attend(*(x[0] for x in straight), 2))
+
+
+@there
+@settings(max_examples=150, deadline=None)
+@given(
+    height=st.integers(1, 20), width=st.integers(1, 40), channels=st.integers(1, 5),
+    reach=st.sampled_from([0.0, 0.3, 4.0, 60.0, 1e30]), step=st.sampled_from([0.0, 0.25, 0.5]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_propagation_is_that_of_torch_to_the_bit(library, height, width, channels, reach, step, seed):
+    """Flows that agree, are between centres, lead outside or far away, and are no numbers."""
+    torch.manual_seed(seed)
+    mean, size = torch.randn(2, 1, 1) * reach, (2, height, width)
+    there, back = mean + 0.2 * torch.randn(size), -mean + 0.2 * torch.randn(size)
+    if step:
+        there, back = (there / step).round() * step, (back / step).round() * step
+    for flow, value in ((there, torch.nan), (there, torch.inf), (back, -torch.inf)):
+        flow[torch.rand(size) < 0.02] = value
+    current, source = torch.randn(2, channels, height, width)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_library", library)
+        place = origins(there, back)
+        blended = blend(current, source, place)
+        patch.setattr(native, "KIND", None)
+        assert torch.equal(place, origins(there, back))
+        assert torch.equal(blended, blend(current, source, place))
 
 
 @there

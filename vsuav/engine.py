@@ -211,22 +211,24 @@ class Engine:
         return (self.networks.sampler.predict(task.step, *self._prediction(task, held)),)
 
     def _backward(self, task: Task, held, shots, sources) -> list[Tensor]:
-        values: dict[int, Tensor] = {}
-        for n in reversed(task.frames):
-            current = held["x0", task.step, n]
-            if values:
-                current = blend(current, values[n + 1], held["flow", n][0])
-            values[n] = current
-        return [values[key[2]] for key in task.makes]
+        return self._chain(task, reversed(task.frames), "x0", lambda n: held["flow", n][0], held)
 
     def _forward(self, task: Task, held, shots, sources) -> list[Tensor]:
-        values: dict[int, Tensor] = {}
-        for n in task.frames:
-            current = held["back", task.step, n]
-            if values:
-                current = blend(current, values[n - 1], held["flow", n - 1][1])
-            values[n] = current
-        return [values[key[2]] for key in task.makes]
+        return self._chain(task, task.frames, "back", lambda n: held["flow", n - 1][1], held)
+
+    def _chain(
+        self, task: Task, frames: Iterable[int], kind: str, origin: Callable[[int], Tensor], held: Mapping[Key, Tensor]
+    ) -> list[Tensor]:
+        """Blend every frame with the one before it; `origin` says where the pixels of a frame come from in that."""
+        wanted = {key[2] for key in task.makes}
+        made: dict[int, Tensor] = {}
+        value = None
+        for n in frames:
+            current = held[kind, task.step, n]
+            value = current if value is None else blend(current, value, origin(n))
+            if n in wanted:
+                made[n] = value
+        return [made[key[2]] for key in task.makes]
 
     def _step(self, task: Task, held, shots, sources) -> list[Tensor]:
         frame, sampler = task.frames[0], self.networks.sampler

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vsuav import native
 from vsuav.weights import bare
 
 SMALLEST = 128  # shortest side both estimators see: below, RAFT's coarsest correlation level is a single cell
@@ -89,6 +90,8 @@ def origins(flow: Tensor, back_flow: Tensor) -> Tensor:
     The place row * w + column of the centre nearest to where `flow` leads; `UNTRUSTED` where `valid` says no, `OUTSIDE`
     where it says yes to a centre outside the frame.
     """
+    if native.follows(flow, back_flow):
+        return native.origins(flow, back_flow)
     height, width = flow.shape[-2:]
     row, column = (x[0].round_().int() for x in _landing(flow[None]))
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)

@@ -1,5 +1,5 @@
 """The project's own machine code for CPUs, where it was built: 3x3 convolutions in float32 with a quarter or a fifth of
-the multiplications, convolutions over time, linear layers, group normalisation, and attention.
+the multiplications, convolutions over time, linear layers, group normalisation, attention, and propagation.
 
 `native*.cpp` are compiled when vsuav is installed, once for every kind of CPU. Without a compiler, or on another CPU,
 there is no `KIND`, and the layers do without. Group norms and attention are computed for bfloat16 as well.
@@ -90,8 +90,10 @@ def opened(file: Path) -> ctypes.CDLL:
     sizes = sum(ctypes.sizeof(kind) << 10 * i for i, kind in enumerate(kinds))
     if hasattr(library, "sizes"):
         library.sizes.restype = c_int64
-    if not hasattr(library, "sizes") or library.sizes() != sizes:
+    if not hasattr(library, "blend") or library.sizes() != sizes:
         raise OSError(f"{file} was built from other source")
+    library.origins.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_void_p)
+    library.blend.argtypes = (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p)
     for name in ("room", "weights_room", "affine_room", "attend_room", "over_time_room"):
         function = getattr(library, name)
         function.argtypes, function.restype = (c_void_p,), c_int64
@@ -322,3 +324,25 @@ def attend_over_time(q: Tensor, k: Tensor, v: Tensor, heads: int, turns: Tensor,
         call.rooms = _at(room)
         _library.attend_over_time(ctypes.byref(call))
     return y
+
+
+def follows(*x: Tensor) -> bool:
+    """Is it here that pixels are followed along flows, or brought from where they come from?"""
+    return KIND is not None and all(each.dtype == torch.float32 and each.device.type == "cpu" for each in x)
+
+
+def origins(flow: Tensor, back_flow: Tensor) -> Tensor:
+    """`flow.origins` of float32 flows "2 h w" on the CPU, to the bit."""
+    flow, back_flow = flow.contiguous(), back_flow.contiguous()
+    height, width = flow.shape[-2:]
+    place = torch.empty(height, width, dtype=torch.int32)
+    _library.origins(_at(flow), _at(back_flow), height, width, _at(place))
+    return place
+
+
+def blend(current: Tensor, source: Tensor, origin: Tensor) -> Tensor:
+    """`propagation.blend` of "c h w", float32 on the CPU, to the bit."""
+    current, source, origin = current.contiguous(), source.contiguous(), origin.contiguous()
+    result = buffers.empty(current.shape, current.dtype)
+    _library.blend(_at(current), _at(source), _at(origin), len(current), origin.numel(), _at(result))
+    return result

@@ -13,6 +13,7 @@ For P_i the neighbour is P_{i+1} and the current frame x_i; for Q_i they are Q_{
 import torch
 from torch import Tensor
 
+from vsuav import native
 from vsuav.flow import UNTRUSTED, resize_flow, valid, warp
 
 STRIDE = 6  # chains start on the grid of the denoising windows, so that neighbouring frames share them
@@ -48,6 +49,8 @@ def blend(current: Tensor, source: Tensor, origin: Tensor) -> Tensor:
 
     origin     `flow.origins` of the current frame in the neighbour, "h w"
     """
+    if native.follows(current, source):
+        return native.blend(current, source, origin)
     picked = source.flatten(1).index_select(1, origin.clamp(min=0).flatten()).view_as(source)
     share, rest = torch.where(origin >= 0, 0.5, 0.0), torch.where(origin == UNTRUSTED, 1.0, 0.5)
     return picked.mul_(share).addcmul_(current, rest)  # in place: fresh memory costs more than the sums

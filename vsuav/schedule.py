@@ -142,7 +142,7 @@ class Sampler:
     def predict(self, i: int, x: Tensor, v: Tensor) -> Tensor:
         """Clean estimate of step i from the state x and the prediction v (any equal shapes): a x - s v."""
         signal, sigma = self._factors[i]
-        return (signal * x.float() - sigma * v.float()).to(x.dtype)
+        return (signal * x.float()).sub_(sigma * v.float()).to(x.dtype)
 
     def advance(self, i: int, x: Tensor, v: Tensor, x0: Tensor, earlier: Sequence[Tensor] = ()) -> Tensor:
         """State of step i+1.
@@ -156,8 +156,8 @@ class Sampler:
         signal, sigma = self._factors[i]
         next_signal, next_sigma = self._factors[i + 1]
         x0_now = x0.float()
-        noise = signal * v.float() + sigma * x.float()
-        result = next_signal * x0_now + next_sigma * noise
+        noise = (signal * v.float()).add_(sigma * x.float())
+        result = (next_signal * x0_now).add_(noise.mul_(next_sigma))
         estimates = [x0_now, *(estimate.float() for estimate in earlier[:needed])]
         if self.solver == "unipc" and i > 0:
             result = result + (next_sigma / sigma) * self._corrected(i, estimates)

@@ -42,7 +42,7 @@ def merge(predictions: Sequence[Tensor]) -> Tensor:
     """Merge a frame's predictions in order of visit: the first as it is, every later one halves what was there."""
     merged = predictions[0]
     for prediction in predictions[1:]:
-        merged = 0.5 * merged + 0.5 * prediction
+        merged = (0.5 * merged).add_(0.5 * prediction)
     return merged
 
 
