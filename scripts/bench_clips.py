@@ -21,12 +21,12 @@ from torch import Tensor
 from vsuav import color, frames, upscale
 from vsuav.checkpoint import Models
 from vsuav.engine import Engine, restore
-from vsuav.flow import DIS
+from vsuav.flow import DIS, origins
 from vsuav.networks import Networks, choose, exact_arithmetic, recipe_of
 from vsuav.noise import Noise, frame_noise
 from vsuav.plan import BLOCK, Recipe, plan_block
 from vsuav.plugin import Restorer
-from vsuav.propagation import link, propagate
+from vsuav.propagation import blend
 from vsuav.schedule import Sampler, Schedule
 from vsuav.settings import PRESETS, Settings
 from vsuav.shots import Shots
@@ -124,24 +124,31 @@ def parts(size: Size, settings: Settings) -> dict[str, Call]:
     clip = sample(CHAIN, size)
     dis = DIS()
     forward, backward = dis(clip[0], clip[1])
-    latents = torch.randn(1, 4, CHAIN, height, width)
-    flows = [flow[None, :, None].expand(-1, -1, CHAIN - 1, -1, -1) for flow in (forward, backward)]
+    latents, origin = torch.randn(CHAIN, 4, height, width), origins(forward, backward)
     content, low = torch.rand(CHUNK, 3, 4 * height, 4 * width) * 2 - 1, clip[:CHUNK].contiguous()
     recipe = Nothing(settings, size).recipe
     released = PRESETS["reference"]
     longest = Recipe(released["steps"], 0, frozenset(released["propagation_steps"]))
     shots = Shots(10_000)
-    store, latent = Store(1 << 40), latents[0, :, 0].clone()
+    store, latent = Store(1 << 40), latents[0].clone()
 
     def keep() -> None:
         for n in range(1000):
             store.put(("latent", 1, n), latent)
             store.get(("latent", 1, n))
 
+    def chains() -> None:
+        values = list(latents)
+        for n in reversed(range(CHAIN - 1)):
+            values[n] = blend(values[n], values[n + 1], origin)
+        for n in range(1, CHAIN):
+            values[n] = blend(values[n], values[n - 1], origin)
+
     return {
         "flow, one pair, both ways": lambda: dis(clip[0], clip[1]),
-        "propagation, one link": lambda: link(latents[:, :, 0], latents[:, :, 1], forward[None], backward[None]),
-        f"propagation, chains of {CHAIN} both ways": lambda: propagate(latents, *flows),
+        "propagation, origins of a pair, both ways": lambda: (origins(forward, backward), origins(backward, forward)),
+        "propagation, one link": lambda: blend(latents[0], latents[1], origin),
+        f"propagation, links of {CHAIN} frames, both ways": chains,
         "noise of one frame": lambda: frame_noise(0, "latent", 1, (4, height, width)),
         f"colour, wavelet, {CHUNK} frames": lambda: color.wavelet(content, color.bicubic(low, 4)),
         f"colour, AdaIN, {CHUNK} frames": lambda: color.adain(content, color.bicubic(low, 4)),

@@ -215,6 +215,8 @@ def test_gelu_over_all_floats(library, monkeypatch):
     weight[16:] = 1  # a is 1 by its bias, g is x
     y = native.affine(x.view(1, 1, -1, 1), weight, torch.cat([torch.ones(16), torch.zeros(16)]), gated=True)
     assert ((y[0, 0, :, 0] - F.gelu(x.double())).abs() <= 3e-7 * x.abs()).all()
+    endless = torch.cat([torch.ones(16), torch.full((16,), torch.inf)])
+    assert (native.affine(torch.zeros(1, 1, 48, 1), torch.zeros(32, 1), endless, gated=True) == torch.inf).all()
 
 
 def attended(q, k, v, heads):
@@ -317,6 +319,7 @@ def test_propagation_is_that_of_torch_to_the_bit(library, height, width, channel
     for flow, value in ((there, torch.nan), (there, torch.inf), (back, -torch.inf)):
         flow[torch.rand(size) < 0.02] = value
     current, source = torch.randn(2, channels, height, width)
+    source[torch.rand(source.shape) < 0.02] = torch.inf
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "_library", library)
         place = origins(there, back)
@@ -327,17 +330,66 @@ def test_propagation_is_that_of_torch_to_the_bit(library, height, width, channel
 
 
 @there
-def test_what_is_not_a_number_stays_so():
+def test_scores_below_all_floats_count_for_nothing(library, monkeypatch):
+    monkeypatch.setattr(native, "_library", library)
+    q, v = torch.full((1, 2048, 16), 1e20), torch.randn(1, 600, 16)
+    k = torch.cat([torch.full((1, 300, 16), -1e20), torch.randn(1, 300, 16) * 1e-20], 1)
+    wanted = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)))
+    nearly(native.attend(q, k, v, 1), wanted)
+
+
+@there
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_type_of_torch_does_not_matter(default):
+    """Another plugin of the same process may set it; memory left from then must not be too small afterwards."""
+    torch.manual_seed(0)
+    m, weight, bias = torch.randn(1, 3, 40, 50, 32), torch.randn(32, 32, 3, 3) / 17, torch.randn(32)
+    q = torch.randn(1, 2100, 32)
+    f = torch.randn(2, 40, 50)
+
+    def results():
+        norm = native.moments(m, bias, bias, 2, 1e-5)
+        return (*norm, native.convolve(m, weight, bias, None, norm), native.attend(q, q, q, 2), native.origins(f, -f))
+
+    wanted = results()
+    native.unload()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        meanwhile = results()
+    finally:
+        torch.set_default_dtype(before)
+    for ours in (meanwhile, results()):
+        assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+
+
+@there
+def test_parameters_of_any_layout():
+    torch.manual_seed(0)
+    m, weight, bias = torch.randn(1, 2, 40, 50, 32), torch.randn(32, 32, 3, 3) / 17, torch.randn(64)[::2]
+    straight = bias.contiguous()
+    assert torch.equal(native.convolve(m, weight, bias), native.convolve(m, weight, straight))
+    linear = weight[..., 0, 0]
+    assert torch.equal(native.affine(m, linear, bias), native.affine(m, linear, straight))
+    ours, wanted = native.moments(m, bias, bias, 2, 1e-5), native.moments(m, straight, straight, 2, 1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+
+
+@there
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7FFFFFFF, -1])
+def test_what_is_not_a_number_stays_so(library, monkeypatch, bits):
+    """Whatever it was made by: x86, or a GPU, which sets all bits."""
+    monkeypatch.setattr(native, "_library", library)
     q = torch.randn(1, 60, 16)
     k = q.clone()
-    q[0, 7, 3] = torch.nan
+    q.view(torch.int32)[0, 7, 3] = bits
     assert native.attend(q, k, k, 1).isnan().all(2)[0].tolist() == [i == 7 for i in range(60)]
     assert native.attend(k, q, k, 1).isnan().all()
     q, k, turns = q.view(1, 4, 15, 16), k.view(1, 4, 15, 16), torch.ones(4, 8, dtype=torch.cfloat)
     spoilt = native.attend_over_time(k, q, k, 1, turns, torch.zeros(1, 4, 4)).isnan().all(3)[0]
     assert spoilt.tolist() == [[i == 7 for i in range(15)]] * 4
     m = torch.zeros(1, 1, 6, 6, 16)
-    m[0, 0, 3, 3, 5] = torch.nan
+    m.view(torch.int32)[0, 0, 3, 3, 5] = bits
     ones, zeros = torch.ones(1, 16), torch.zeros(1, 16)
     assert native.line(m, ones, zeros, True)[0, 0, 3, 3].isnan().tolist() == [i == 5 for i in range(16)]
     y = native.convolve(m, torch.randn(16, 16, 3, 3), zeros[0], norm=(ones, zeros))

@@ -194,7 +194,7 @@ class JointNorm(nn.GroupNorm):
             return mean, variance
         rows = next((n for n in range(t * h, 0, -1) if t * h % n == 0 and n * w <= PART), 1)
         parts = m.reshape(-1, rows * w, 1, c).permute(0, 3, 1, 2)
-        ones, k = torch.ones(c), len(parts)
+        ones, k = parts.new_ones(c), len(parts)
         _, mean, rstd = torch.native_group_norm(parts, ones, 0 * ones, k, c, rows * w, self.num_groups, self.eps)
         mean, variance = mean.double(), rstd.double() ** -2 - self.eps
         return mean.mean(0), variance.mean(0) + mean.var(0, correction=0)

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <cfloat>
 #include <cstdint>
 
 #include <immintrin.h>
@@ -102,7 +103,7 @@ inline V two_to(V t) {
     y = y * r + 2.4022242e-1f;
     y = y * r + 6.9314700e-1f;
     y = y * r + 1.0f;
-    return reinterpret_cast<V>(reinterpret_cast<I>(y) + power);
+    return y * reinterpret_cast<V>(power + 0x3f800000);  // what is no number stays so
 }
 
 // e^-x as 2^t, of which the relative error is |t| units in the last place, at least one. t counts as 62 where it is
@@ -125,7 +126,7 @@ inline V gelu(V x) {
     y = y * t - 0.284496736f;
     y = y * t + 0.254829592f;
     const V tail = 0.5f * (y * t) * fallen(z * z);  // of the Gaussian beyond |x|
-    return larger(x, V{}) - larger(x, -x) * tail;
+    return larger(x, V{}) - smaller(larger(x, -x), V{} + FLT_MAX) * tail;
 }
 
 // y = scale x + shift by channel, of some pixels, followed by SiLU where `activate` says so.

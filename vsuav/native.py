@@ -157,7 +157,7 @@ def convolve(
     b, t, h, w, inputs = m.shape
     outputs, taps = len(weight), weight.shape[2] if weight.dim() == 5 else 1
     strides = weight.stride() if weight.dim() == 5 else (*weight.stride()[:2], 0, *weight.stride()[2:])
-    scale, shift = norm or (None, None)
+    bias, (scale, shift) = bias.contiguous(), norm or (None, None)
     tile, block = _tiles(inputs, b * t, h * enlarge, w * enlarge, taps)
     y = buffers.empty((b, t, h * enlarge, w * enlarge, outputs), m.dtype)
     call = _Convolution(
@@ -209,7 +209,7 @@ def affine(
     pixels, taps = m[0, 0, ..., 0].numel(), weight.shape[2] if weight.dim() == 3 else 1
     outputs, block = len(weight) // (2 if gated else 1), min(4 * BLOCK, pixels)
     strides = weight.stride() if weight.dim() == 3 else (*weight.stride(), 0)
-    scale, shift = norm or (None, None)
+    bias, (scale, shift) = None if bias is None else bias.contiguous(), norm or (None, None)
     y = buffers.empty((*m.shape[:-1], outputs), m.dtype)
     call = _Affine(
         _at(m), _at(scale), _at(shift), _at(weight), _at(bias), _at(add), None, _at(y),
@@ -227,10 +227,13 @@ _spare: list[Tensor] = []
 @contextlib.contextmanager
 def _scratch(numbers: int) -> Iterator[Tensor]:
     """Memory for the time of a call. It is kept for the next one: fresh memory costs as much as what is done in it."""
-    room = _spare.pop() if _spare else None
+    try:
+        room = _spare.pop()
+    except IndexError:
+        room = None
     if room is None or len(room) < numbers:
         room = None  # let go of before more is asked for
-        room = torch.empty(numbers)
+        room = torch.empty(numbers, dtype=torch.float32, device="cpu")
     try:
         yield room
     finally:
@@ -250,8 +253,8 @@ def moments(m: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) ->
     m is contiguous, float32 or bfloat16, c a multiple of 16; weight and bias "c".
     """
     b, channels = len(m), m.shape[-1]
-    scale, shift = torch.empty(b, channels), torch.empty(b, channels)
-    weight, bias = weight.float(), bias.float()
+    scale, shift = torch.empty(2, b, channels, dtype=torch.float32, device="cpu")
+    weight, bias = weight.float().contiguous(), bias.float().contiguous()
     _library.moments(ctypes.byref(_Norm(
         _at(m), _at(weight), _at(bias), _at(scale), _at(shift), b, m[0, ..., 0].numel(), channels, groups,
         m.dtype is torch.bfloat16, torch.get_num_threads(), eps,
@@ -274,7 +277,8 @@ def line(m: Tensor, scale: Tensor, shift: Tensor, act: bool) -> Tensor:
 
 def attends(q: Tensor, k: Tensor, heads: int) -> bool:
     """Is it here that attention of q "n i c" to k "n j c" is computed fastest, in float32 or bfloat16?"""
-    return reads(q, q.shape[-1] // heads) and len(q) == len(k) and q[..., 0].numel() >= MANY
+    known = reads(q, q.shape[-1] // heads) and q.shape[-1] % heads == 0
+    return known and len(q) == len(k) and k.shape[1] > 0 and q[..., 0].numel() >= MANY
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -298,7 +302,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 def attends_over_time(q: Tensor, heads: int) -> bool:
     """Is it here that attention among the frames "b t n c" is computed fastest, in float32 or bfloat16?"""
-    return reads(q, q.shape[-1] // heads) and q.shape[1] <= FRAMES
+    return reads(q, q.shape[-1] // heads) and q.shape[-1] % heads == 0 and q.shape[1] <= FRAMES
 
 
 def attend_over_time(q: Tensor, k: Tensor, v: Tensor, heads: int, turns: Tensor, bias: Tensor) -> Tensor:
@@ -335,14 +339,14 @@ def origins(flow: Tensor, back_flow: Tensor) -> Tensor:
     """`flow.origins` of float32 flows "2 h w" on the CPU, to the bit."""
     flow, back_flow = flow.contiguous(), back_flow.contiguous()
     height, width = flow.shape[-2:]
-    place = torch.empty(height, width, dtype=torch.int32)
+    place = torch.empty(height, width, dtype=torch.int32, device="cpu")
     _library.origins(_at(flow), _at(back_flow), height, width, _at(place))
     return place
 
 
 def blend(current: Tensor, source: Tensor, origin: Tensor) -> Tensor:
     """`propagation.blend` of "c h w", float32 on the CPU, to the bit."""
-    current, source, origin = current.contiguous(), source.contiguous(), origin.contiguous()
+    current, source, origin = current.contiguous(), source.contiguous(), origin.int().contiguous()
     result = buffers.empty(current.shape, current.dtype)
     _library.blend(_at(current), _at(source), _at(origin), len(current), origin.numel(), _at(result))
     return result

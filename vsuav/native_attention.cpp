@@ -86,7 +86,7 @@ struct Attend : Attention {
         for (int64_t r = 0; r < count; r++)
             for (int64_t i = 0; i < size; i++) scaled[r * size + i] = q[at + r * channels + i] * scale;
         std::fill_n(sums, QUERIES * size, 0.0f);
-        std::fill_n(most, QUERIES, -INFINITY);
+        std::fill_n(most, QUERIES, -FLT_MAX);
         std::fill_n(total, QUERIES, 0.0f);
 
         for (int64_t stage = 0; stage < stages; stage++) {

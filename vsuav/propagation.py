@@ -52,8 +52,8 @@ def blend(current: Tensor, source: Tensor, origin: Tensor) -> Tensor:
     if native.follows(current, source):
         return native.blend(current, source, origin)
     picked = source.flatten(1).index_select(1, origin.clamp(min=0).flatten()).view_as(source)
-    share, rest = torch.where(origin >= 0, 0.5, 0.0), torch.where(origin == UNTRUSTED, 1.0, 0.5)
-    return picked.mul_(share).addcmul_(current, rest)  # in place: fresh memory costs more than the sums
+    picked = picked.mul_(0.5).masked_fill_(origin < 0, 0)  # in place: fresh memory costs more than the sums
+    return picked.addcmul_(current, torch.where(origin == UNTRUSTED, 1.0, 0.5))
 
 
 def propagate(x: Tensor, forward: Tensor, backward: Tensor, **options) -> Tensor:
