@@ -5,6 +5,7 @@ import os
 # before any library that reads them is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as vsuav sets it where it is imported before torch
 
 import random
 

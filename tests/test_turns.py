@@ -1,5 +1,8 @@
 """Whose turn it is: neighbours in order, newest place first, one thread, every caller its own result."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -167,3 +170,28 @@ def test_nothing_of_a_job_is_kept():
     gc.collect()
     assert gone() is None
     worker.stop()
+
+
+@pytest.mark.parametrize(
+    ("given", "before", "spins"),
+    [
+        ({}, "", "1000"),
+        ({"GOMP_SPINCOUNT": "77"}, "", "77"),
+        ({"OMP_WAIT_POLICY": "active"}, "", None),
+        ({}, "import torch;", None),
+    ],
+    ids=["vsuav's", "the user's count", "the user's policy", "loaded before"],
+)
+def test_threads_that_wait_leave_the_core_to_others_unless_the_user_says_otherwise(given, before, spins):
+    """What GNU OpenMP says it uses, once torch has loaded it."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    program = f"{before}import vsuav.networks"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment | given | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    said = [line.split("'")[1] for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
+    if not said:
+        pytest.skip("torch uses another OpenMP than GNU's here")
+    assert said[0] == spins if spins else said[0] != "1000"
