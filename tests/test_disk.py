@@ -162,8 +162,25 @@ def test_another_program_has_other_names(tmp_path, change):
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=r"cache_dir must be a folder that can be made, got '.*file' \(File exists\)"):
         Disk(tmp_path / "file", ROOM)
+    (tmp_path / "folder" / FILE).mkdir(parents=True)
+    with pytest.raises(OSError, match="cache_dir must be a folder that can be written"):
+        Disk(tmp_path / "folder", ROOM)
+
+
+@pytest.mark.parametrize("folder", ["", " ", 5, b"folder"])
+def test_what_is_no_path_is_an_error_and_writes_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"cache_dir must be the path of a folder, got {folder!r}"):
+        Disk(folder, ROOM)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Disk("~/kept", ROOM)
+    assert (tmp_path / "kept" / FILE).is_file()
 
 
 def write(folder: Path, start: int, count: int, limit: int, said) -> None:

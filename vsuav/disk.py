@@ -7,6 +7,7 @@ all. A latent whose checksum does not fit, or a database that cannot be read, is
 import contextlib
 import functools
 import json
+import os
 import sqlite3
 import threading
 import time
@@ -40,17 +41,24 @@ class Disk:
     """Latents by name in `folder`, at most `limit` bytes of them; the least recently used go first.
 
     Args:
-        folder: made if it is not there.
+        folder: made if it is not there; may begin with "~".
         limit: bytes.
         log: called with one line when something is wrong with what is on disk, once for each kind of trouble.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        ValueError: `folder` is no path.
+        OSError: it cannot be made or written.
     """
 
     def __init__(self, folder: str | Path, limit: int, log: Callable[[str], None] = lambda line: None):
-        self.path = Path(folder) / FILE
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not isinstance(folder, str | Path) or not str(folder).strip():
+            raise ValueError(f"cache_dir must be the path of a folder, got {folder!r}")
+        self.path = Path(os.path.expanduser(folder)) / FILE
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(f"cache_dir must be a folder that can be made, got {str(folder)!r} ({reason})") from error
         self._limit = limit
         self._log = log
         self._said: set[str] = set()
@@ -116,7 +124,10 @@ class Disk:
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
-            connection = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+            try:
+                connection = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+            except sqlite3.Error as error:
+                raise OSError(f"cache_dir must be a folder that can be written: {self.path}: {error}") from error
             self._file = self._inode()
             try:
                 connection.execute("PRAGMA journal_mode = WAL")
