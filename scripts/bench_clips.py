@@ -19,10 +19,11 @@ from plain import PlainDecoder, PlainUNet
 from torch import Tensor
 
 from vsuav import color, frames, upscale
+from vsuav.arithmetic import exact_arithmetic
 from vsuav.checkpoint import Models
 from vsuav.engine import Engine, restore
 from vsuav.flow import DIS, origins
-from vsuav.networks import Networks, choose, exact_arithmetic, recipe_of
+from vsuav.networks import Networks, choose, recipe_of
 from vsuav.noise import Noise, frame_noise
 from vsuav.plan import BLOCK, Recipe, plan_block
 from vsuav.plugin import Restorer

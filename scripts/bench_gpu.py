@@ -24,9 +24,10 @@ from bench_networks import Call, products
 from plain import PlainDecoder, PlainUNet
 
 from vsuav import upscale
+from vsuav.arithmetic import exact_arithmetic
 from vsuav.checkpoint import load
 from vsuav.layers import lay_out
-from vsuav.networks import exact_arithmetic, unload
+from vsuav.networks import unload
 from vsuav.settings import PRESETS
 from vsuav.tiling import CHUNK, WINDOW
 from vsuav.unet import UNetConfig, UNetVideo
@@ -37,7 +38,7 @@ COLUMNS = ("what", "input", "arithmetic", "ms", "GFLOP/s", "of peak", "frames/s"
 
 def milliseconds(call: Call, repeat: int) -> float:
     times = []
-    with exact_arithmetic():
+    with exact_arithmetic("cuda"):
         for _ in range(repeat + 3):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -57,7 +58,7 @@ def most(call: Call) -> float:
     """MiB that a call needs at most, weights and all."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    with exact_arithmetic():
+    with exact_arithmetic("cuda"):
         call()
     return torch.cuda.max_memory_allocated() / 2**20
 
@@ -75,7 +76,7 @@ def unet_call(unet: UNetVideo, size: Size, dtype: torch.dtype, batch: int) -> tu
     x, low = on_gpu((unet.config.out_channels, 3), WINDOW, size, dtype, batch)
     text = torch.randn(batch, 77, unet.config.cross_attention_dim, device="cuda", dtype=dtype)
     step, level = (torch.full((1,), n, device="cuda") for n in (500, 20))
-    with exact_arithmetic():
+    with exact_arithmetic("cuda"):
         prepared = unet.prepare(text)
     return partial(unet, x, step, low, prepared, level), [x, step, low, text, level]
 

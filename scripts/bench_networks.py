@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vsuav.layers import FUSED_DTYPES
+from vsuav.operators import FUSED_DTYPES
 
 Shape = tuple[int, ...]
 Call = Callable[[], object]

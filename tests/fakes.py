@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vsuav.networks import exact_arithmetic, recipe_of
+from vsuav.arithmetic import exact_arithmetic
+from vsuav.networks import recipe_of
 from vsuav.noise import frame_noise
 from vsuav.schedule import Sampler, Schedule
 from vsuav.settings import Settings

@@ -23,13 +23,12 @@ from vsuav.layers import (
     TimeConv,
     Up,
     VolumeConv,
-    affine,
-    gated,
     lay_out,
     memory,
     video,
 )  # fmt: skip
 from vsuav.networks import Networks, choose
+from vsuav.operators import affine, gated
 from vsuav.propagation import blend
 from vsuav.shots import Shots
 from vsuav.store import Store

@@ -60,7 +60,15 @@ BAD_CLIPS = {
     "unspecified matrix": (lambda: blank(vs.YUV420P8, _Matrix=2), "SetFrameProps"),
     "PQ": (lambda: blank(vs.YUV420P10, _Matrix=9, _Transfer=16), "PQ"),
     "HLG": (lambda: blank(vs.YUV420P10, _Matrix=9, _Transfer=18), "tone-map"),
-}
+    "an endless one": (lambda: blank().std.Loop(), "at most 2147483646 frames, got 2147483647; std.Trim"),
+    "no matrix of RGB": (lambda: blank(_Matrix=1), "got RGBS: Resize error"),
+    "a matrix nobody knows": (lambda: blank(vs.YUV420P8, _Matrix=99), "got YUV420P8: Resize error"),
+    "a format nobody reads": (
+        lambda: blank(vs.core.query_video_format(vs.GRAY, vs.INTEGER, 32).id), "got Gray32: Resize error"
+    ),
+    "a matrix in words": (lambda: blank(vs.YUV420P8, _Matrix="709"), "_Matrix must be one whole number, got '709'"),
+    "two transfers": (lambda: blank(_Transfer=[1, 1]), "_Transfer must be one whole number, got [1, 1]"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_CLIPS)
@@ -81,7 +89,23 @@ BAD_ARGUMENTS = {
     "device": ({"device": "cuda:99"}, "device must be one of auto, cpu"),
     "device name": ({"device": "abacus"}, "abacus"),
     "scale": ({"scale": 5}, "scale must be between 1 and 4, got 5"),
-    "width": ({"width": 1000}, "width must be between 1 and 128"),
+    "width": ({"width": 1000}, "width must be a whole number between 1 and 128 (4x the input), got 1000"),
+    "width that is no number": ({"width": True}, "width must be a whole number between 1 and 128"),
+    "scale in words": ({"scale": "2"}, "scale must be between 1 and 4, got '2'"),
+    "endless steps": ({"steps": 10**400}, "steps must be between 1 and 1000, got 1000"),
+    "half a step": ({"steps": 2.5}, "steps must be a whole number between 1 and 1000, got 2.5"),
+    "temperature in words": ({"temperature": "1"}, "temperature must be a number between 0 and 1, got '1'"),
+    "list of presets": ({"preset": ["fast"]}, "preset must be one of reference, balanced, fast, preview, tiny, got ["),
+    "no preset": ({"preset": ""}, "preset must be one of reference, balanced, fast, preview, tiny, got ''"),
+    "list of types": ({"dtype": ["float32"]}, "dtype must be one of auto, float32, bfloat16, float16, got ['float32']"),
+    "prompt from frame True": ({"prompt": [(True, "rain")]}, "prompt must be a string or a list"),
+    "half a letter": ({"prompt": "\ud800"}, "prompt must be a string or a list"),
+    "half a letter not to show": ({"negative_prompt": "\ud800"}, "negative_prompt must be a string"),
+    "tile": ({"tile": (False, 64)}, "tile must be 'auto', 0, or (width, height)"),
+    "model number": ({"model": 5}, "model must be a folder, a hub id or None, got 5"),
+    "model without a name": ({"model": " "}, "model must be a folder, a hub id or None, got ' '"),
+    "model with a long name": ({"model": "x" * 300}, "cannot be read (File name too long)"),
+    "store with an odd name": ({"cache_dir": "a\0b"}, "cache_dir must be a folder that can be made"),
     "budget": ({"cache_mib": -1}, "cache_mib"),
     "max shot": ({"max_shot": 10}, "max_shot"),
     "preset": ({"preset": "slow"}, "preset must be one of"),
@@ -223,6 +247,49 @@ def test_properties_are_carried_over():
     assert frame.props["_FieldBased"] == 0
     assert frame.props["_DurationNum"] == 1001
     assert not [name for name in frame.props if name.startswith("uav")]
+
+
+def as_rgb(clip: vs.VideoNode, n: int) -> list[float]:
+    """The mean colour of a frame, read as the frame says."""
+    return [float(plane.mean()) for plane in planes(clip.resize.Bicubic(format=vs.RGBS).get_frame(n))]
+
+
+def test_a_clip_whose_parts_have_other_matrices_and_ranges_keeps_its_colours():
+    """All of the result is written like the first frame, and says so."""
+    colour = vs.core.std.BlankClip(format=vs.RGBS, width=32, height=16, length=3, color=[0.8, 0.2, 0.1])
+    parts = [colour.resize.Bicubic(format=vs.YUV444P8, matrix=m, range=r) for m, r in ((1, 0), (6, 0), (1, 1), (6, 1))]
+    for first in parts:
+        clip = vs.core.std.Splice([first, *parts])
+        result = noop(clip)
+        for n in (1, 4, 7, 10, 13):
+            assert as_rgb(result, n) == pytest.approx(as_rgb(clip, n), abs=0.006)
+            for name in ("_Matrix", "_Range"):
+                assert result.get_frame(n).props[name] == first.get_frame(0).props[name]
+
+
+def test_what_the_first_frame_leaves_open_a_later_one_may_say():
+    clip = blank(length=2) + blank(length=2).std.SetFrameProps(_Transfer=6, _Primaries=5) + blank(_Transfer=2)
+    said = [(frame.props["_Transfer"], frame.props["_Primaries"]) for frame in noop(clip).frames()]
+    assert said == [(1, 1)] * 2 + [(6, 5)] * 2 + [(1, 1)] * 3
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_chroma_lies_where_the_frames_say(place):
+    """The same clip without subsampling gives the truth: subsampled at that place it is the result, elsewhere not."""
+    ramp = np.stack(np.meshgrid(np.linspace(0, 1, 64), np.linspace(0, 1, 48)), 0).astype(np.float32)
+    picture = clip_of(np.stack([ramp[0], ramp[1], (ramp[0] + 1 - ramp[1]) / 2])[None] * 0.8 + 0.1, None)
+    source = picture.resize.Bicubic(format=vs.YUV420P8, matrix=1, chromaloc=place)
+    result = noop(source)
+    whole = noop(source.resize.Bicubic(format=vs.YUV444P16))
+    assert result.get_frame(0).props["_ChromaLocation"] == place
+
+    def off(somewhere):
+        truth = whole.resize.Bicubic(format=vs.YUV420P16, chromaloc=somewhere).get_frame(0)
+        pairs = zip(planes(result.get_frame(0))[1:], planes(truth)[1:], strict=True)
+        return max(abs(float((got - wanted / 256.0)[8:-8, 8:-8].mean())) for got, wanted in pairs)
+
+    assert off(place) < 0.02
+    assert min(off(other) for other in range(6) if other != place) > 0.04
 
 
 def test_a_gray_clip_stays_gray_and_bits_do_not_get_lost():

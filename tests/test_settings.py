@@ -5,6 +5,7 @@ import sys
 from dataclasses import fields, replace
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import given
 
@@ -52,6 +53,16 @@ def test_other_steps_or_guidance_drop_a_presets_reuse():
 def test_one_step_has_nothing_to_reuse():
     with pytest.raises(ValueError, match=r"reuse_steps must be empty for steps=1, got \(1,\)"):
         resolve({"steps": 1, "reuse_steps": [1]}, {}, {})
+
+
+def test_numbers_of_numpy_are_numbers():
+    tile = auto_tile(np.int32(64), 100, 100, "cpu")
+    own = {"steps": np.int64(4), "temperature": np.float32(0.5), "tile": tile, "ensemble": np.int8(2)}
+    settings = resolve({**own, "prompt": [(0, ""), (np.int64(3), "rain")]}, {}, {})
+    assert settings == replace(settings, steps=4, temperature=0.5, tile=(64, 64), prompts=((0, ""), (3, "rain")))
+    numbers = (settings.steps, settings.temperature, *settings.tile, settings.ensemble, settings.prompts[1][0])
+    assert [type(number) for number in numbers] == [int, float, int, int, int, int]
+    assert settings.digest() == replace(settings, steps=4).digest()
 
 
 @pytest.mark.parametrize("level", [0, 350])

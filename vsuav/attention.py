@@ -7,11 +7,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vsuav import native
-from vsuav.layers import Linear, fused, inferring, zeroed
+from vsuav.layers import Linear, zeroed
+from vsuav.operators import fused, inferring, softmax_attention
 
 ROTARY_CHANNELS = 32
 BUCKETS = 32
@@ -30,7 +30,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = No
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     if bias is None and q.dtype is torch.bfloat16 and fused(q, k) and k.shape[2] >= QUERIES and len(k) == len(q):
         return sliced(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+    return softmax_attention(q, k, v, bias).transpose(1, 2).flatten(2)
 
 
 def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class TemporalAttention(nn.Module):
         # Short windows: two pixels share a sequence, each blind to the other's frames; twice as fast on a CPU.
         share = 2 if t <= 8 and n % 2 == 0 else 1
         q, k, v = (x.unflatten(2, (-1, share)).permute(0, 2, 4, 3, 1, 5).flatten(0, 1).flatten(2, 3) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=shared(bias, share))
+        out = softmax_attention(q, k, v, shared(bias, share))
         return out.transpose(1, 2).unflatten(0, (b, -1)).flatten(3).view(b, n, t, -1)
 
 

@@ -127,11 +127,16 @@ def locate(model: str | Path | None) -> Path:
         if (folder := bundled()) is None:
             raise ModelError("the bundled model models/mini is not installed: give model= a folder or a hub id")
         return folder
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    name = str(model)
-    if path.exists():
+    if not isinstance(model, str | Path) or not str(model).strip():
+        raise ModelError(f"model must be a folder, a hub id or None, got {model!r}")
+    name, path = str(model), Path(model).expanduser()
+    try:
+        if path.is_dir():
+            return path
+        there = path.exists()
+    except OSError as error:
+        raise ModelError(f"model folder {name} cannot be read ({error.strerror})") from error
+    if there:
         raise ModelError(f"{name} is a file: a model is a folder ({_looked_for()})")
     if re.fullmatch(r"[\w-]+", name) and (folder := bundled(name)):
         return folder

@@ -56,8 +56,8 @@ class Disk:
         self.path = Path(os.path.expanduser(folder)) / FILE
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = error.strerror or error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise OSError(f"cache_dir must be a folder that can be made, got {str(folder)!r} ({reason})") from error
         self._limit = limit
         self._log = log

@@ -14,19 +14,24 @@ UNSPECIFIED = 2
 BT709 = 1
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
 FIELD_ORDERS = {1: "bottom field first", 2: "top field first"}
+LONGEST = 2**31 - 2
+"""Frames of the longest clip whose blocks VapourSynth can still count."""
+WRITTEN = ["_Matrix", "_Range", "_ColorRange", "_ChromaLocation"]
+"""What a resizer says of the pixels it writes."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """How the pixels of a clip are to be read: format, matrix code (None for RGB and GRAY), full or limited range.
+    """How the pixels of a clip are to be read, and those of the result written: format, matrix code (None for RGB and
+    GRAY), full or limited range, chroma location (None without subsampling).
 
-    `unsaid` names the properties that the result states although the first frame leaves them open.
+    They are the first frame's. A later frame that says something else is read as it says, and written like all.
     """
 
     format: vs.VideoFormat
     matrix: int | None
     full_range: bool
-    unsaid: tuple[str, ...] = ()
+    chroma: int | None = None
 
     @property
     def range(self) -> int:
@@ -52,22 +57,34 @@ def check(clip: vs.VideoNode) -> None:
         raise ValueError("clip must have one constant format, got a variable one; convert it with resize first")
     if clip.width == 0 or clip.height == 0:
         raise ValueError("clip must have one constant size, got a variable one; resize or split it first")
+    if clip.num_frames > LONGEST:
+        raise ValueError(f"clip must have at most {LONGEST} frames, got {clip.num_frames}; std.Trim it first")
 
 
 def look_of(clip: vs.VideoNode) -> Look:
-    """The look of a clip, from its first frame. Raises as `inspect`."""
-    return look_from(clip.format, download(clip).get_frame(0).props)
+    """The look of a clip, from its first frame, which is converted there and back. Raises as `inspect`."""
+    first = download(clip)[0]
+    look = look_from(clip.format, first.get_frame(0).props)
+    try:
+        give_back(to_rgb(first, look), first, look, clip.width, clip.height).get_frame(0)
+    except vs.Error as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"clip must be what resize can read and write, got {clip.format.name}: {reason}; convert it, or mend its "
+            "frame properties with clip.std.SetFrameProps"
+        ) from None
+    return look
 
 
 def look_from(format: vs.VideoFormat, first: Mapping) -> Look:
     """The look of a clip whose first frame has the properties `first`. Raises as `inspect`."""
-    field = int(first.get("_FieldBased", 0))
+    field = code(first, "_FieldBased", 0)
     if field in FIELD_ORDERS:
         raise ValueError(
             f"clip must be progressive, got _FieldBased={field} ({FIELD_ORDERS[field]}); deinterlace it first, "
             "or, if the flag is wrong, clip.std.SetFieldBased(0)"
         )
-    transfer = int(first.get("_Transfer", UNSPECIFIED))
+    transfer = code(first, "_Transfer", UNSPECIFIED)
     if transfer in HDR_TRANSFERS:
         raise ValueError(
             f"clip must be standard dynamic range, got _Transfer={transfer} ({HDR_TRANSFERS[transfer]}); "
@@ -75,17 +92,34 @@ def look_from(format: vs.VideoFormat, first: Mapping) -> Look:
         )
     matrix = None
     if format.color_family == vs.YUV:
-        matrix = int(first.get("_Matrix", UNSPECIFIED))
+        matrix = code(first, "_Matrix", UNSPECIFIED)
         if matrix in (0, UNSPECIFIED):
             raise ValueError(
                 f"a YUV clip needs to say its matrix, got _Matrix={first.get('_Matrix')}; set it with "
                 "clip.std.SetFrameProps(_Matrix=1) for BT.709 (HD) or _Matrix=6 for BT.601 (SD)"
             )
-    named = first["_Range"] if "_Range" in first else first.get("_ColorRange")
-    full_code = vs.RANGE_FULL if "_Range" in first else 0
-    full = format.color_family == vs.RGB if named is None else int(named) == full_code
-    unsaid = tuple(name for name in ("_Transfer", "_Primaries") if int(first.get(name, UNSPECIFIED)) == UNSPECIFIED)
-    return Look(format, matrix, full, unsaid)
+    unsaid = int(vs.RANGE_FULL if format.color_family == vs.RGB else vs.RANGE_LIMITED)
+    if "_Range" in first or "_ColorRange" not in first:
+        full = code(first, "_Range", unsaid) == vs.RANGE_FULL
+    else:
+        full = code(first, "_ColorRange", 1) == 0
+    subsampled = format.subsampling_w or format.subsampling_h
+    chroma = max(0, code(first, "_ChromaLocation", vs.CHROMA_LEFT)) if subsampled else None
+    return Look(format, matrix, full, chroma)
+
+
+def code(props: Mapping, name: str, unsaid: int) -> int:
+    """A frame property that is one whole number, `unsaid` where it is not there.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = props.get(name, unsaid)
+    if not isinstance(value, int):
+        raise ValueError(
+            f"frame property {name} must be one whole number, got {value!r}; set it with clip.std.SetFrameProps"
+        )
+    return int(value)
 
 
 def download(clip: vs.VideoNode) -> vs.VideoNode:
@@ -128,27 +162,39 @@ def differences(rgb: vs.VideoNode) -> vs.VideoNode:
 def give_back(rgb: vs.VideoNode, source: vs.VideoNode, look: Look, width: int, height: int) -> vs.VideoNode:
     """A full-range RGBS clip in the format of `look`, in the size asked for, with the frame properties of `source`.
 
-    A change of size is a Spline36 downscale in RGB; integer formats are dithered by error diffusion.
+    A change of size is a Spline36 downscale in RGB; integer formats are dithered by error diffusion. What the result
+    says of matrix, range and chroma location is how it is written, whatever a frame of `source` says of itself.
     """
     if (rgb.width, rgb.height) != (width, height):
         rgb = rgb.resize.Spline36(width=width, height=height)
+    source = download(source)
     target = look.format
     dither = {"dither_type": "error_diffusion"} if target.sample_type == vs.INTEGER else {}
     if target.id == vs.RGBS and look.full_range:
-        result = rgb
-    elif target.color_family == vs.GRAY:
-        full = luma(rgb)
-        result = full.resize.Point(format=target.id, range_in=int(vs.RANGE_FULL), range=look.range, **dither)
+        result = vs.core.std.CopyFrameProps(rgb, source).std.SetFrameProps(_Matrix=0)
     else:
-        matrix = {} if look.matrix is None else {"matrix": look.matrix}
-        result = rgb.resize.Bicubic(format=target.id, range_in=int(vs.RANGE_FULL), range=look.range, **matrix, **dither)
-    return vs.core.std.CopyFrameProps(result, download(source)).std.SetFrameProps(**described(look))
+        said = WRITTEN
+        places = {"matrix": look.matrix, "chromaloc": look.chroma}
+        if target.color_family == vs.GRAY:
+            rgb, said = luma(rgb), WRITTEN[1:]
+        written = rgb.resize.Bicubic(
+            format=target.id, range_in=int(vs.RANGE_FULL), range=look.range,
+            **{name: value for name, value in places.items() if value is not None}, **dither,
+        )  # fmt: skip
+        result = vs.core.std.CopyFrameProps(vs.core.std.CopyFrameProps(written, source), written, props=said)
+    result = result.std.SetFrameProps(_FieldBased=0)
+    return result.std.ModifyFrame(result, _tell)
 
 
-def described(look: Look) -> dict[str, int]:
-    """Properties the result states whatever the source says."""
-    matrix = {"_Matrix": 0} if look.format.color_family == vs.RGB else {}
-    return {"_FieldBased": 0, **matrix, **dict.fromkeys(look.unsaid, BT709)}
+def _tell(n: int, f: vs.VideoFrame) -> vs.VideoFrame:
+    """State BT.709 where a frame leaves transfer or primaries open."""
+    open_ones = [name for name in ("_Transfer", "_Primaries") if f.props.get(name, UNSPECIFIED) == UNSPECIFIED]
+    if not open_ones:
+        return f
+    told = f.copy()
+    for name in open_ones:
+        told.props[name] = BT709
+    return told
 
 
 def to_tensor(frame: vs.VideoFrame) -> Tensor:

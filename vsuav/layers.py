@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vsuav import buffers, native, winograd
+from vsuav.operators import affine, convolve, fused, inferring
 
 
 def memory(x: Tensor) -> Tensor:
@@ -66,63 +67,6 @@ def concat(a: Tensor, b: Tensor) -> Tensor:
     a, b = memory(a), memory(b)
     shape = *a.shape[:-1], a.shape[-1] + b.shape[-1]
     return video(torch.cat([a, b], dim=-1, out=buffers.out(shape, a) if a.dtype == b.dtype else None))
-
-
-def _fused_dtypes() -> set[torch.dtype]:
-    """Types for which this machine's CPU library has linear layers with a sum, a product or a GELU built in."""
-    operators = torch.ops.mkldnn
-    if not (torch.backends.mkldnn.is_available() and hasattr(operators, "_linear_pointwise")):
-        return set()
-    return {torch.float32} | ({torch.bfloat16} if operators._is_mkldnn_bf16_supported() else set())
-
-
-FUSED_DTYPES = _fused_dtypes()
-
-
-def inferring(x: Tensor, weight: Tensor) -> bool:
-    """Is this inference on a CPU, in one type? (Fused layers know neither gradients, autocast nor compiling.)"""
-    return (
-        not torch.is_grad_enabled()
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
-
-
-def fused(x: Tensor, weight: Tensor) -> bool:
-    """Is this inference on a CPU that has the fused layers?"""
-    return x.dtype in FUSED_DTYPES and inferring(x, weight)
-
-
-def as_frame(x: Tensor) -> Tensor:
-    """From "… i" to "1 1 n i", contiguous: as if all were pixels of one frame."""
-    return x.contiguous().view(1, 1, -1, x.shape[-1])
-
-
-def affine(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
-    """x "… i" -> x weightᵀ + bias + add "… o"."""
-    if fused(x, weight):
-        if native.multiplies(x, weight):
-            y = native.affine(as_frame(x), weight, bias, None if add is None else as_frame(add))
-            return y.view(*x.shape[:-1], -1)
-        if add is None:
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(x, add.contiguous(), weight, bias, "add")
-    y = F.linear(x, weight, bias)
-    return y if add is None else y + add
-
-
-def gated(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """a GELU(g), exact GELU, where (a, g) are the halves of x weightᵀ + bias."""
-    if fused(x, weight):
-        (weight_a, weight_g), (bias_a, bias_g) = weight.chunk(2), bias.chunk(2)
-        if native.multiplies(x, weight_a):
-            return native.affine(as_frame(x), weight, bias, gated=True).view(*x.shape[:-1], -1)
-        gate = torch.ops.mkldnn._linear_pointwise(x, weight_g, bias_g, "gelu", [], "none")
-        return torch.ops.mkldnn._linear_pointwise.binary(x, gate, weight_a, bias_a, "mul")
-    a, g = F.linear(x, weight, bias).chunk(2, dim=-1)
-    return a * F.gelu(g)
 
 
 def plus(fresh: Tensor, other: Tensor) -> Tensor:
@@ -261,7 +205,7 @@ class FrameConv(Conv, nn.Conv2d):
         y = frames(x)
         if self.small() and fused(x, self.weight) and winograd.pays(y, self.weight):
             return clip(winograd.convolve(y, self.weight, bias), x.shape[2])
-        return clip(F.conv2d(y, self.weight, bias, self.stride, self.padding), x.shape[2])
+        return clip(convolve(y, self.weight, bias, self.padding, self.stride), x.shape[2])
 
 
 class TimeConv(Conv, nn.Conv3d):
@@ -278,7 +222,7 @@ class TimeConv(Conv, nn.Conv3d):
         return native.affine(m, self.weight[..., 0, 0], bias, add, line)
 
     def convolve(self, x: Tensor, bias: Tensor) -> Tensor:
-        y = F.conv2d(timeline(x), self.weight[..., 0], bias, padding=self.padding[:2])
+        y = convolve(timeline(x), self.weight[..., 0], bias, self.padding[:2])
         return untimeline(y, *x.shape[3:])
 
 
@@ -287,13 +231,13 @@ class VolumeConv(Conv, nn.Conv3d):
 
     def convolve(self, x: Tensor, bias: Tensor) -> Tensor:
         if not (fused(x, self.weight) and x.dtype == torch.float32):
-            return F.conv3d(video(memory(x)), self.weight, bias, padding=self.padding)
+            return convolve(video(memory(x)), self.weight, bias, self.padding)
         # torch's own in float32 takes several times as long as three of frames
         before, there, after = (w.contiguous(memory_format=torch.channels_last) for w in self.weight.unbind(2))
-        y = clip(F.conv2d(frames(x), there, bias, padding=1), x.shape[2])
+        y = clip(convolve(frames(x), there, bias, (1, 1)), x.shape[2])
         if x.shape[2] > 1:
-            y[:, :, 1:] += clip(F.conv2d(frames(x[:, :, :-1]), before, padding=1), x.shape[2] - 1)
-            y[:, :, :-1] += clip(F.conv2d(frames(x[:, :, 1:]), after, padding=1), x.shape[2] - 1)
+            y[:, :, 1:] += clip(convolve(frames(x[:, :, :-1]), before, None, (1, 1)), x.shape[2] - 1)
+            y[:, :, :-1] += clip(convolve(frames(x[:, :, 1:]), after, None, (1, 1)), x.shape[2] - 1)
         return y
 
 
@@ -401,7 +345,7 @@ def doubled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         rows = phase(wide, 1, p)
         for q in (0, 1):
             kernel = phase(rows, 2, q).to(weight.dtype).permute(0, 3, 1, 2)
-            part = F.conv2d(m, kernel, bias, padding=1).permute(0, 2, 3, 1)
+            part = convolve(m, kernel, bias, (1, 1)).permute(0, 2, 3, 1)
             y[:, :, p, :, q] = part[:, p : p + h, q : q + w]
     return video(y.view(b, t, 2 * h, 2 * w, -1))
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vsuav import native
+from vsuav.arithmetic import exact_arithmetic
 from vsuav.bands import BandedDecoder
 from vsuav.checkpoint import Models, load, locate
 from vsuav.color import adain, bicubic, wavelet
@@ -84,25 +85,6 @@ def device_kind(device: str) -> str:
     else:
         kind = f"cuda {torch.cuda.get_device_name(device)} {torch.version.cuda}"
     return f"{kind} torch {torch.__version__} {LIBRARY}"
-
-
-@contextlib.contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """Arithmetic that is the same in every run: no autotuning, no TF32, no gradients; one thread.
-
-    One thread, because what the engine does between network calls is small: sharing it out takes longer than doing it.
-    """
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with (
-            working_threads(1),
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-            torch.inference_mode(),
-        ):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul
 
 
 stream_of = functools.cache(torch.cuda.Stream)
@@ -214,7 +196,7 @@ class Networks:
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
         """The context in which everything of this class, and of the engine, is to run: on a GPU vsuav's stream."""
-        with exact_arithmetic(), torch.cuda.stream(self._stream):
+        with exact_arithmetic(self.device), torch.cuda.stream(self._stream):
             yield
 
     def noise(self, stream: str, frame: int, shape: tuple[int, ...]) -> Tensor:
@@ -424,7 +406,7 @@ def shared_models(model: str | Path | None, device: str, dtype: str) -> Models:
 
     A folder whose files changed is loaded again.
     """
-    if dtype not in TORCH_DTYPES:
+    if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
         raise ValueError(f"dtype must be one of auto, {', '.join(TORCH_DTYPES)}, got {dtype!r}")
     folder = locate(model)
     stats = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())

@@ -28,6 +28,7 @@ from vsuav.ensemble import ORIENTATIONS, Orientation
 from vsuav.networks import NetworkError, Networks, choose
 from vsuav.plan import evidence_span
 from vsuav.progress import Progress
+from vsuav.settings import is_real, is_whole
 from vsuav.shots import Record, Records, Shots
 from vsuav.store import Store
 from vsuav.tiling import BLOCK
@@ -126,7 +127,8 @@ def upscale(
         cache_dir_mib: most MiB in it.
 
     Returns:
-        A clip of the same length, rate and format, with the frame properties of `clip`.
+        A clip of the same length, rate and format, with the frame properties of `clip`. Matrix, range and chroma
+        location are the first frame's throughout, and each frame says them.
 
     Raises:
         vs.Error: an argument or the clip cannot be used; one line that says what would work.
@@ -194,12 +196,12 @@ def finished(
 def _size(clip: vs.VideoNode, given: dict[str, Any]) -> tuple[int, int]:
     """Width and height of the result."""
     scale, width, height = given["scale"], given["width"], given["height"]
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 1 <= scale <= 4:
+    if not is_real(scale) or not 1 <= scale <= 4:
         raise ValueError(f"scale must be between 1 and 4, got {scale!r}")
     steps = 1 << clip.format.subsampling_w, 1 << clip.format.subsampling_h
     for name, value, side in (("width", width, clip.width), ("height", height, clip.height)):
-        if value is not None and (not isinstance(value, int) or not 1 <= value <= 4 * side):
-            raise ValueError(f"{name} must be between 1 and {4 * side} (4x the input), got {value!r}")
+        if value is not None and not (is_whole(value) and 1 <= value <= 4 * side):
+            raise ValueError(f"{name} must be a whole number between 1 and {4 * side} (4x the input), got {value!r}")
     if width is None and height is None:
         size = round(clip.width * scale), round(clip.height * scale)
         return size[0] // steps[0] * steps[0], size[1] // steps[1] * steps[1]
@@ -210,13 +212,13 @@ def _size(clip: vs.VideoNode, given: dict[str, Any]) -> tuple[int, int]:
     for name, value, step in (("width", width, steps[0]), ("height", height, steps[1])):
         if value % step:
             raise ValueError(f"{name} must be a multiple of {step} for {clip.format.name}, got {value}")
-    return width, height
+    return int(width), int(height)
 
 
 def _mebibytes(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if not is_whole(value) or value < 0:
         raise ValueError(f"{name} must be a whole number of MiB, at least 0, got {value!r}")
-    return value << 20
+    return int(value) << 20
 
 
 class Restorer:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 from vsuav.ensemble import ORIENTATIONS
@@ -131,11 +132,10 @@ def resolve(
         ValueError: one line that names the parameter, the value, and what would work.
     """
     known = {**PRESETS, **presets}
-    preset = given.get("preset") or defaults.get("preset") or FALLBACK["preset"]
-    if preset not in known:
-        raise ValueError(f"preset must be one of {', '.join(known)}, got {preset!r}")
+    named = (source.get("preset") for source in (given, defaults, FALLBACK))
+    preset = _choice("preset", next(name for name in named if name is not None), tuple(known))
     values = {**FALLBACK, **defaults, **known[preset]}
-    if _is_real(given.get("steps")) and given.get("propagation_steps") is None:
+    if is_real(given.get("steps")) and given.get("propagation_steps") is None:
         parts = given["steps"] / values.get("steps", Settings.steps)
         values["propagation_steps"] = [math.floor(index * parts) for index in values["propagation_steps"]]
     if any(given.get(name) is not None for name in ("steps", "guidance_interval")):
@@ -149,7 +149,7 @@ def resolve(
 def check(settings: Settings) -> Settings:
     """Return `settings` with numbers in their proper types, or raise ValueError naming the first bad value."""
     s = settings
-    _require(isinstance(s.negative_prompt, str), "negative_prompt must be a string", s.negative_prompt)
+    _require(_is_text(s.negative_prompt), "negative_prompt must be a string", s.negative_prompt)
     values: dict[str, Any] = {
         "steps": _integer("steps", s.steps, 1, 1000),
         "solver": _choice("solver", s.solver, SOLVERS),
@@ -172,7 +172,7 @@ def check(settings: Settings) -> Settings:
     }
     interval = s.guidance_interval
     _require(
-        isinstance(interval, tuple) and len(interval) == 2 and all(_is_real(v) for v in interval)
+        isinstance(interval, tuple) and len(interval) == 2 and all(is_real(v) for v in interval)
         and 0 <= interval[0] <= interval[1] <= 1,
         "guidance_interval must be (low, high) with 0 <= low <= high <= 1", interval,
     )  # fmt: skip
@@ -182,17 +182,19 @@ def check(settings: Settings) -> Settings:
         _require(isinstance(indices, tuple), f"{name} must be a list of step indices", indices)
         _require(last >= first or not indices, f"{name} must be empty for steps={values['steps']}", indices)
         values[name] = tuple(sorted({_integer(name, index, first, last, "each of ") for index in indices}))
-    copies = isinstance(s.ensemble, int) and not isinstance(s.ensemble, bool) and s.ensemble in ORIENTATIONS
+    copies = is_whole(s.ensemble) and s.ensemble in ORIENTATIONS
     _require(copies, f"ensemble must be one of {', '.join(map(str, ORIENTATIONS))}", s.ensemble)
+    values["ensemble"] = int(s.ensemble)
     if s.max_shot is not None:
         shot = _integer("max_shot", s.max_shot, 24, 10**9)
         _require(shot % 6 == 0, "max_shot must be a multiple of 6, at least 24", shot)
         values["max_shot"] = shot
     _require(
         isinstance(s.tile, tuple) and len(s.tile) == 2
-        and all(isinstance(v, int) and (v == 0 or v >= 32) for v in s.tile),
+        and all(is_whole(v) and (v == 0 or v >= 32) for v in s.tile),
         "tile must be 'auto', 0, or (width, height) in input pixels of at least 32", s.tile,
     )  # fmt: skip
+    values["tile"] = (int(s.tile[0]), int(s.tile[1]))
     _require(
         all(v == 0 or v > 2 * s.tile_overlap for v in s.tile),
         f"tile must be larger than twice tile_overlap={s.tile_overlap}", s.tile,
@@ -222,29 +224,29 @@ def auto_tile(tile: Any, width: int, height: int, device: str, memory: int = 0) 
     Args:
         memory: bytes that the device has in all.
     """
-    if tile == "auto":
+    if isinstance(tile, str) and tile == "auto":
         side = CPU_TILE if device == "cpu" else next(side for least, side in GPU_TILES if memory >= least << 30)
         whole = CPU_WHOLE if device == "cpu" else side * side
         return (0, 0) if width * height <= whole else (min(side, width), min(side, height))
-    if isinstance(tile, int) and not isinstance(tile, bool):
+    if is_whole(tile):
         return tile, tile
     return _plain(tile)
 
 
 def _prompts(prompt: Any) -> tuple[tuple[int, str], ...]:
-    if isinstance(prompt, str):
+    if _is_text(prompt):
         return ((0, prompt),)
     wanted = "prompt must be a string or a list of (first frame, prompt)"
-    _require(isinstance(prompt, Sequence) and len(prompt) > 0, wanted, prompt)
+    _require(isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes) and len(prompt) > 0, wanted, prompt)
     for item in prompt:
         _require(
             isinstance(item, Sequence) and not isinstance(item, str) and len(item) == 2
-            and isinstance(item[0], int) and item[0] >= 0 and isinstance(item[1], str),
+            and is_whole(item[0]) and item[0] >= 0 and _is_text(item[1]),
             wanted, item,
         )  # fmt: skip
     firsts = [item[0] for item in prompt]
     _require(firsts == sorted(set(firsts)), "prompt must list rising first frames", firsts)
-    rows = tuple((first, text) for first, text in prompt)
+    rows = tuple((int(first), text) for first, text in prompt)
     return rows if firsts[0] == 0 else ((0, rows[0][1]), *rows[1:])
 
 
@@ -253,8 +255,22 @@ def _plain(value: Any) -> Any:
     return tuple(_plain(item) for item in value) if isinstance(value, list | tuple | range | set) else value
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_whole(value: Any) -> bool:
+    """Is it a whole number, Python's or NumPy's? (Python counts True as 1; here it is none.)"""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> bool:
+    """Is it a finite number that a float can hold?"""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _is_text(value: Any) -> bool:
+    """Is it a string that can be written? (One with half of a surrogate pair cannot.)"""
+    return isinstance(value, str) and value == value.encode(errors="replace").decode()
 
 
 def _require(condition: bool, wanted: str, got: Any) -> None:
@@ -263,13 +279,14 @@ def _require(condition: bool, wanted: str, got: Any) -> None:
 
 
 def _integer(name: str, value: Any, low: int, high: int, prefix: str = "") -> int:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    _require(whole and low <= value <= high, f"{prefix}{name} must be between {low} and {high}", value)
-    return value
+    kind = "" if is_whole(value) else "a whole number "
+    _require(not kind and low <= value <= high, f"{prefix}{name} must be {kind}between {low} and {high}", value)
+    return int(value)
 
 
 def _real(name: str, value: Any, low: float, high: float) -> float:
-    _require(_is_real(value) and low <= value <= high, f"{name} must be between {low} and {high}", value)
+    kind = "" if is_real(value) else "a number "
+    _require(not kind and low <= value <= high, f"{name} must be {kind}between {low} and {high}", value)
     return float(value)
 
 

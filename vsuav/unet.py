@@ -25,13 +25,13 @@ from vsuav.layers import (
     clip,
     concat,
     frames,
-    gated,
     plus,
     sinusoid,
     tokens,
     untokens,
     zeroed,
 )
+from vsuav.operators import gated
 
 
 @dataclass(frozen=True)
