@@ -96,8 +96,11 @@ def test_nor_does_another_filter_that_turns_switches_meanwhile(wanted, name):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_switch_is_right_inside_and_as_it_was_afterwards(device):
-    switches = CPU_SWITCHES if device == "cpu" else CUDA_SWITCHES
-    flipped = [(read, write, right[0]) for read, write, right in switches if isinstance(read(), bool)]
+    flipped = []
+    for read, write, right in CPU_SWITCHES if device == "cpu" else CUDA_SWITCHES:
+        with contextlib.suppress(AttributeError):  # not in every torch
+            flipped += [(read, write, right[0])] if isinstance(read(), bool) else []
+    assert len(flipped) > 1
     with contextlib.ExitStack() as stack:
         for read, write, right in flipped:
             stack.enter_context(turned(read, write, not right))
@@ -159,7 +162,7 @@ def test_a_convolution_is_torchs(shape, out, padding, side, stride):
 def test_attention_is_the_formula(shape, masked):
     torch.manual_seed(0)
     q, k, v = (torch.randn(shape) for _ in range(3))
-    bias = torch.randn(1, shape[1], shape[2], shape[2]) if masked else None
+    bias = torch.randn(1, shape[2], shape[2], shape[1]).permute(0, 3, 2, 1) if masked else None
     scores = q.double() @ k.double().transpose(-1, -2) / shape[-1] ** 0.5 + (0 if bias is None else bias.double())
     exact = scores.softmax(-1) @ v.double()
     with torch.inference_mode():

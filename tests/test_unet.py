@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vsuav import layers
+from vsuav import operators
 from vsuav.attention import (
     QUERIES,
     Rotary,
@@ -312,7 +312,7 @@ def test_without_the_fused_layers(unet, monkeypatch):
     args = arguments(t=2)
     with torch.no_grad():
         fast = unet(*args)
-        monkeypatch.setattr(layers, "FUSED_DTYPES", set())
+        monkeypatch.setattr(operators, "FUSED_DTYPES", set())
         close(unet(*args), fast)
 
 

@@ -83,5 +83,6 @@ def convolve(
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / sqrt(d) + bias) v of q "n heads i d", k and v "n heads j d", bias as "n heads i j" or narrower."""
     if inferring(q, k) and min(q.numel(), k.numel()):
+        bias = None if bias is None else bias.contiguous()  # torch 2.6 reads its rows as if they were
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)[0]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
