@@ -112,6 +112,8 @@ class JointNorm(nn.GroupNorm):
             clips = [self.large(m) for m in memory(x).split(1)]
             y = (clips[0] if len(clips) == 1 else torch.cat(clips)).permute(0, 3, 1, 2)
         else:
+            if torch.is_grad_enabled() and self.weight.requires_grad and not x.requires_grad:
+                x = x.detach().requires_grad_()  # asked for the weights' gradients alone, torch 2.9 crashes on a CPU
             y = torch.group_norm(timeline(x), self.num_groups, self.weight, self.bias, self.eps)
         if act:
             y = F.silu(y, inplace=not torch.is_grad_enabled())
