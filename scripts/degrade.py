@@ -9,6 +9,7 @@ every parameter is constant or drifts slowly from one value to another. The same
 
 import argparse
 import io
+import sys
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -16,8 +17,10 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
+from av.video.reformatter import Interpolation
 
 av.logging.set_level(av.logging.PANIC)
+EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
 ENLARGE = (cv2.INTER_AREA, cv2.INTER_LINEAR, cv2.INTER_CUBIC)
 
 
@@ -131,6 +134,18 @@ def as_bytes(image: np.ndarray) -> np.ndarray:
     return np.clip(image, 0, 255).round().astype(np.uint8)
 
 
+def as_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """A decoded frame as RGB "h w 3" uint8, with interpolated chroma, and rounded.
+
+    Without `EXACT` FFmpeg repeats chroma and rounds down: luma comes out a level too dark. From deep RGB and gray it
+    always rounds down. (From deep 4:4:4 it does, too: half a level.)
+    """
+    parts = frame.format.components
+    if parts[0].bits > 8 and not any(part.is_chroma for part in parts):
+        return ((frame.to_ndarray(format="rgb48le").astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return frame.to_ndarray(format="rgb24", interpolation=EXACT)
+
+
 def encode(frames: np.ndarray, codec: str, rate: int) -> np.ndarray:
     """Frames "t h w 3" uint8 through a lossy encoder and back. Odd sizes are padded for it and cropped again."""
     count, height, width = frames.shape[:3]
@@ -145,13 +160,14 @@ def encode(frames: np.ndarray, codec: str, rate: int) -> np.ndarray:
         else:
             stream.options = {"qmin": str(rate), "qmax": str(rate), "bf": "0"}
         for image in frames:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")):
+            whole = av.VideoFrame.from_ndarray(image, format="rgb24")
+            for packet in stream.encode(whole.reformat(format="yuv420p", interpolation=EXACT)):
                 container.mux(packet)
         container.mux(stream.encode())
     buffer.seek(0)
     with av.open(buffer) as container:
         container.streams.video[0].codec_context.thread_count = 1
-        decoded = [image.to_ndarray(format="rgb24") for image in container.decode(video=0)]
+        decoded = [as_rgb(image) for image in container.decode(video=0)]
     if len(decoded) != count:
         raise RuntimeError(f"degrade: {codec} gave {len(decoded)} frames back for {count}")
     return np.stack(decoded)[:, :height, :width]
@@ -212,7 +228,7 @@ def read_video(path: str | Path, limit: int | None = None) -> tuple[np.ndarray, 
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         for frame in container.decode(stream):
-            frames.append(frame.to_ndarray(format="rgb24"))
+            frames.append(as_rgb(frame))
             if len(frames) == limit:
                 break
         return np.stack(frames), stream.average_rate or Fraction(25)
@@ -240,8 +256,19 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 <= args.strength <= 1:
         parser.error(f"--strength must be between 0 and 1, got {args.strength}")
-    frames, rate = read_video(args.input)
-    height, width = (side - side % (2 * args.scale) for side in frames.shape[1:3])
+    if args.scale < 1 or args.seed < 0:
+        parser.error(f"--scale must be at least 1 and --seed at least 0, got {args.scale} and {args.seed}")
+    if not args.output.parent.is_dir():
+        parser.error(f"the folder of {args.output} does not exist")
+    try:
+        frames, rate = read_video(args.input)
+    except (OSError, ValueError, IndexError, AttributeError, av.error.FFmpegError) as error:
+        parser.error(f"{args.input} cannot be read as a video: {' '.join(str(error).split())}")
+    whole, (height, width) = frames.shape[1:3], (side - side % args.scale for side in frames.shape[1:3])
+    if min(height, width) == 0:
+        parser.error(f"{args.input} must be at least {args.scale} pixels wide and high, got {whole[1]}x{whole[0]}")
+    if (height, width) != whole:
+        print(f"degrade: the upper left {width}x{height} of {whole[1]}x{whole[0]} is taken", file=sys.stderr)
     frames = frames[:, :height, :width]
     rng = np.random.default_rng(args.seed)
     recipe = CLEAN if args.clean else draw(rng, args.strength)

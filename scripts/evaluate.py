@@ -58,6 +58,7 @@ from evaluate_tables import (
     RESTORED,
     Numbers,
     average,
+    averages,
     curves,
     each,
     means,
@@ -72,6 +73,7 @@ from naturalness import BRISQUE, BRISQUE_PACKAGE, NIQE, NIQE_PACKAGE
 from perceptual import STLPIPS
 from torch import Tensor
 
+from vsuav.checkpoint import ModelError
 from vsuav.flow import DIS
 from vsuav.metrics import high_frequency_energy, psnr_y, ssim_y, temporal_profile, warping_error
 from vsuav.networks import auto_dtype
@@ -180,6 +182,7 @@ class Report:
         self.effects: dict = {}
         self.sections: dict[str, str] = {}
         self.out, self.json = args.out, args.json
+        self.failed: list[str] = []
         self.earlier: dict[tuple[str, str, str | None], Numbers] = {}
         for path in args.merge:
             self._merge(path)
@@ -211,7 +214,7 @@ class Report:
         say(f"{clip.name} {clip.kind} {row}: {said}")
 
     def write(self) -> None:
-        summary = {kind: {row: average(clips) for row, clips in rows.items()} for kind, rows in self.clips.items()}
+        summary = {kind: averages(rows) for kind, rows in self.clips.items()}
         report = {
             "summary": summary, "targets": targets(summary), "settings": self.settings, "clips": self.clips,
             "digests": self.digests, **self.effects,
@@ -221,13 +224,15 @@ class Report:
                 write_json(path, report)
 
     def markdown(self) -> str:
-        summary = {kind: {row: average(clips) for row, clips in rows.items()} for kind, rows in self.clips.items()}
+        summary = {kind: averages(rows) for kind, rows in self.clips.items()}
         parts = []
         names = {"clean": "clean x4", "degraded": "degraded x4", "crops": "crops of single frames, degraded x4"}
         for kind in ("clean", "degraded", "crops"):
             if kind in self.clips:
-                count = max(len(clips) for clips in self.clips[kind].values())
-                parts.append(f"### {names[kind]}, mean of {count}\n\n{means(self.clips[kind], RESTORED)}")
+                clips = [set(clips) for clips in self.clips[kind].values()]
+                all_of, count = len(set.union(*clips)), len(set.intersection(*clips))
+                of = f"{count}" if count == all_of else f"{count} of {all_of}, which no row lacks"
+                parts.append(f"### {names[kind]}, mean of {of}\n\n{means(self.clips[kind], RESTORED)}")
         if found := targets(summary):
             parts.append(f"### targets\n\n{target_table(found)}")
         if "no truth" in self.clips:
@@ -270,10 +275,11 @@ def run_rows(report: Report, judge: Judge, rows: dict[str, Row], clip: Clip) -> 
                 numbers, result = judge.timed(row, clip)
             except (ValueError, RuntimeError, vs.Error) as error:
                 say(f"{clip.name} {clip.kind} {name} left out: {error}")
+                report.failed.append(f"{name} of {clip.name}")
                 continue
             shown[name] = result
         report.add(clip, name, numbers)
-    report.write()
+        report.write()
     if not shown:
         return
     if clip.truth is not None:
@@ -300,7 +306,7 @@ def size_of(text: str) -> tuple[int, int] | None:
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="evaluate", description="Measure the model.")
+    parser = argparse.ArgumentParser(prog="evaluate", description="Measure the model.", allow_abbrev=False)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--clips", type=Path, help="folder of clean clips")
     source.add_argument("--pairs", type=Path, help="folder of NAME.lr.mkv and NAME.hr.mkv")
@@ -340,17 +346,26 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} must be of {', '.join(allowed)}, got {', '.join(unknown)}")
     if not 0 <= args.strength <= 1:
         parser.error(f"--strength must be between 0 and 1, got {args.strength}")
+    if not 0 <= args.seed < 2**64:
+        parser.error(f"--seed must be between 0 and {2**64 - 1}, got {args.seed}")
     if args.frames < 0 or args.reduce < 1 or args.seeds < 1:
         parser.error("--frames must be at least 0, --reduce and --seeds at least 1")
     return args
 
 
 def evaluate(args: argparse.Namespace) -> str:
-    """Measure; returns the Markdown of all tables."""
+    """Measure; returns the Markdown of all tables.
+
+    Raises:
+        Refused: nothing, or not everything, could be measured; the tables of what could are written by then.
+    """
     if args.pairs:
         pair_files(args.pairs)
     args.packages.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
+    for path in filter(None, (args.out / "evaluation.json", args.json)):  # better now than after an hour
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
     args.packages = args.packages.resolve()
     ours = Ours(args.model, args.seed)
     judge = Judge(args.packages, args.offline, not args.no_percept, "natural" in args.tables)
@@ -407,6 +422,11 @@ def evaluate(args: argparse.Namespace) -> str:
     report.write()
     markdown = report.markdown()
     (args.out / "evaluation.md").write_text(markdown)
+    print(markdown)
+    if report.failed:
+        raise Refused(f"not measured: {', '.join(report.failed)}; the lines above say why")
+    if not report.clips and not report.effects:
+        raise Refused("nothing was measured")
     return markdown
 
 
@@ -418,8 +438,8 @@ def main(given: list[str] | None = None) -> None:
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
-        print(evaluate(args))
-    except (Refused, FileNotFoundError) as error:
+        evaluate(args)
+    except (Refused, OSError, ModelError) as error:
         sys.exit(f"evaluate: {error}")
 
 

@@ -19,7 +19,7 @@ import av
 import cv2
 import numpy as np
 import torch
-from degrade import CLEAN, degrade, read_video
+from degrade import CLEAN, as_rgb, degrade, read_video
 from make_data import MEASURED, PACKAGES, SEEN, Package, fetch, generated
 from PIL import Image, ImageSequence
 from torch import Tensor
@@ -98,7 +98,19 @@ def cropped(frames: np.ndarray, size: tuple[int, int] | None, step: int = 4) -> 
 
 def _images(image: Image.Image, count: int | None) -> np.ndarray:
     """The first `count` frames of an opened picture."""
-    return np.stack([np.asarray(frame.convert("RGB")) for frame in islice(ImageSequence.Iterator(image), count)])
+    return np.stack([picture(frame) for frame in islice(ImageSequence.Iterator(image), count)])
+
+
+def picture(image: Image.Image) -> np.ndarray:
+    """A picture as RGB "h w 3" uint8; of 16 bits, as scanners write them, the upper eight, rounded."""
+    if image.mode.startswith("I"):
+        deep = np.asarray(image).astype(np.int64)
+        if deep.min() < 0 or deep.max() > 65535:
+            raise ValueError(f"values from {deep.min()} to {deep.max()}, more than 16 bits")
+        return np.repeat(((deep + 128) // 257).astype(np.uint8)[..., None], 3, axis=-1)
+    if image.mode == "F":
+        raise ValueError("values without a known range (floating point)")
+    return np.asarray(image.convert("RGB"))
 
 
 def read(path: Path, count: int | None) -> np.ndarray:
@@ -112,7 +124,7 @@ def read(path: Path, count: int | None) -> np.ndarray:
             with Image.open(path) as image:
                 return _images(image, count)
         return read_video(path, count)[0]
-    except (OSError, ValueError, IndexError, MemoryError, av.error.FFmpegError) as error:
+    except Exception as error:  # whatever a reader says of a file that may be anything
         said = " ".join(str(error).split())[:100]
         raise Refused(f"{path.name} cannot be read as a video: {said}") from None
 
@@ -122,16 +134,16 @@ def from_folder(folder: Path, count: int | None) -> Iterator[tuple[str, np.ndarr
     if not folder.is_dir():
         raise Refused(f"{folder} is not a folder")
     found = 0
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in f"{VIDEOS} {PICTURES}".split():
-            continue
+    known = f"{VIDEOS} {PICTURES}".split()
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in known]
+    for path in paths:
         try:
             frames = read(path, count)
         except Refused as error:
             say(f"{error}; left out")
             continue
         found += 1
-        yield path.name if sum(p.stem == path.stem for p in folder.iterdir()) > 1 else path.stem, frames
+        yield path.name if sum(p.stem == path.stem for p in paths) > 1 else path.stem, frames
     if not found:
         raise Refused(f"{folder} holds no video that can be measured")
 
@@ -140,23 +152,19 @@ def pair_files(folder: Path) -> list[tuple[str, Path, Path]]:
     """Name, low-resolution and full-size file of every pair in `folder`, all checked before any is measured.
 
     Raises:
-        Refused: a file has no partner, or is not exactly a quarter of it in width and height.
+        Refused: a file has no partner or no frame, or is not exactly a quarter of it in width and height.
     """
+    if not folder.is_dir():
+        raise Refused(f"{folder} is not a folder")
     found = []
-    for low in sorted(folder.glob("*.lr.mkv")):
-        name = low.name.removesuffix(".lr.mkv")
-        truth = low.with_name(f"{name}.hr.mkv")
-        if not truth.is_file():
-            raise Refused(f"{low.name} has no {truth.name} beside it")
-        sizes = []
-        for path in (low, truth):
-            try:
-                with av.open(str(path)) as container:
-                    stream = container.streams.video[0]
-                    sizes.append((stream.width, stream.height))
-            except (OSError, IndexError, av.error.FFmpegError):
-                raise Refused(f"{path.name} cannot be read as a video") from None
-        _check_sizes(name, *sizes)
+    ends = (".lr.mkv", ".hr.mkv")
+    names = {path.name[: -len(end)] for end in ends for path in folder.glob(f"[!.]*{end}")}
+    for name in sorted(names):
+        low, truth = (folder / f"{name}{end}" for end in ends)
+        for path, partner in ((low, truth), (truth, low)):
+            if not partner.is_file():
+                raise Refused(f"{path.name} has no {partner.name} beside it")
+        _check_sizes(name, *(read(path, 1).shape[2:0:-1] for path in (low, truth)))
         found.append((name, low, truth))
     if not found:
         raise Refused(f"{folder} holds no pair NAME.lr.mkv and NAME.hr.mkv")
@@ -176,7 +184,11 @@ def _check_sizes(name: str, low: tuple[int, int], truth: tuple[int, int]) -> Non
 def pairs(folder: Path, count: int | None, size: tuple[int, int] | None) -> Iterator[Clip]:
     """The pairs of `folder`: as many frames as both have, the middle where they are larger than `size`."""
     for name, low_path, truth_path in pair_files(folder):
-        low, truth = read(low_path, count), read(truth_path, count)
+        try:
+            low, truth = read(low_path, count), read(truth_path, count)
+        except Refused as error:
+            say(f"{error}; left out")
+            continue
         _check_sizes(name, low.shape[2:0:-1], truth.shape[2:0:-1])
         if len(low) != len(truth):
             shared = min(len(low), len(truth))
@@ -223,7 +235,7 @@ def _take(data: bytes, starts: list[int], count: int, halve: bool) -> Iterator[n
                     begun = (frame.pts - (stream.start_time or 0)) * stream.time_base * stream.average_rate
                     number = round(begun) if start >= 200 else 0
                 if number >= start:
-                    image = frame.to_ndarray(format="rgb24")
+                    image = as_rgb(frame)
                     frames.append(cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=3) if halve else image)
                     if len(frames) == count:
                         break
@@ -291,7 +303,7 @@ def photos(count: int, size: tuple[int, int]) -> Iterator[tuple[str, np.ndarray]
         path = Path(skimage.__file__).parent / "data" / name
         if path.is_file():
             with Image.open(path) as image:
-                photo = np.asarray(image.convert("RGB"))
+                photo = picture(image)
             yield f"photo-{path.stem}", in_motion(photo, count, size, (1.3 - i, 0.7 * i - 0.5))
 
 

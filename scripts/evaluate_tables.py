@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,18 +34,34 @@ def average(clips: Clips) -> Numbers:
     return means
 
 
+def averages(rows: Mapping[str, Clips]) -> dict[str, Numbers]:
+    """Means of every row, each column over the clips that no row lacks: rows are there to be compared."""
+    found: dict[str, Numbers] = {row: {} for row in rows}
+    for column in COLUMNS:
+        values = {
+            row: {name: n[column] for name, n in clips.items() if math.isfinite(n.get(column, math.nan))}
+            for row, clips in rows.items()
+        }
+        measured = [set(there) for there in values.values() if there]
+        shared = set.intersection(*measured) if measured else set()
+        for row, there in values.items():
+            if there and shared:
+                found[row][column] = float(np.mean([value for name, value in there.items() if name in shared]))
+    return found
+
+
 def cell(numbers: Mapping[str, float], column: str) -> str:
     return f"{numbers[column]:.{COLUMNS[column][1]}f}" if math.isfinite(numbers.get(column, math.nan)) else "–"
 
 
 def grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     text = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*text, *("| " + " | ".join(line) + " |" for line in lines)])
+    return "\n".join([*text, *("| " + " | ".join(part.replace("|", "\\|") for part in line) + " |" for line in lines)])
 
 
 def means(rows: dict[str, Clips], columns: Sequence[str]) -> str:
-    """Row for row the means over the clips."""
-    lines = [[row, *(cell(average(clips), c) for c in columns)] for row, clips in rows.items()]
+    """Row for row the means over the clips that no row lacks."""
+    lines = [[row, *(cell(mean, c) for c in columns)] for row, mean in averages(rows).items()]
     return grid(["row", *(COLUMNS[c][0] for c in columns)], lines)
 
 
@@ -110,8 +127,11 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
+    """All of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(finite(report), indent=1) + "\n")
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(finite(report), indent=1) + "\n")
+    part.replace(path)
 
 
 def _figure():

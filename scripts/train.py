@@ -598,6 +598,7 @@ def train(
     wrapped, optimizer = accelerator.prepare(learner, optimizer)
     average = Average(trained, stage.get("ema", 0.998))
     start, checkpoint = 0, out / f"{name}.state.pt"
+    log: list[dict[str, Tensor]] = []  # losses of the batches that have no row in the CSV yet
     if resume and checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         start = saved["step"]
@@ -606,6 +607,7 @@ def train(
                 p.copy_(saved["trained"][n])
         average.values = {n: v.to(accelerator.device) for n, v in saved["average"].items()}
         optimizer.load_state_dict(saved["optimizer"])
+        log = saved.get("log", [])
         lay_out(learner)
 
     def save(step: int) -> Path:
@@ -613,7 +615,7 @@ def train(
         if accelerator.is_main_process:
             content = {
                 "step": step, "trained": {n: p.detach() for n, p in trained.items()}, "average": average.values,
-                "optimizer": optimizer.state_dict(),
+                "optimizer": optimizer.state_dict(), "log": [{k: v.cpu() for k, v in e.items()} for e in log],
             }  # fmt: skip
             write_atomically(checkpoint, content)
             weights = {k: copy.copy(n.state_dict()) for k, n in networks.items()}
@@ -644,7 +646,7 @@ def train(
         batches, batch_size=None, sampler=made, num_workers=workers, worker_init_fn=one_core,
         prefetch_factor=4 if workers else None, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    log, began = [], time.time()
+    began = time.time()
     frozen_until = stage.get("decoder_frozen", 0.0)
     pictures = [part.get("frames", 1) == 1 for part in batches.parts]
     if "image" in groups and not pictures[-1]:
@@ -674,7 +676,7 @@ def train(
         if saving or len(log) >= log_every * count:
             finite(log, step)
         if len(log) >= log_every * count:
-            row = {key: torch.stack([entry[key] for entry in log]).mean().item() for key in log[0]}
+            row = {key: torch.stack([entry[key].cpu() for entry in log]).mean().item() for key in log[0]}
             if accelerator.is_main_process:
                 record(out / f"{name}.csv", {"step": step + 1, "seconds": round(time.time() - began, 1), **row})
             log = []

@@ -1,10 +1,16 @@
 """The degradation: seeded, the right size, never better than the clean reduction, real codecs inside."""
 
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
 import av
 import cv2
 import numpy as np
 import pytest
-from degrade import Drift, Recipe, Round, degrade, draw, encode, read_video, reduce, write_video
+import vapoursynth as vs
+from degrade import Drift, Recipe, Round, as_rgb, degrade, draw, encode, read_video, reduce, write_video
 from PIL import Image
 
 NONE = Drift(0, 0)
@@ -73,8 +79,76 @@ def test_a_parameter_drifts_over_the_clip():
 
 @pytest.mark.parametrize("codec, good, bad", [("libx264", 18, 45), ("mpeg4", 2, 28)])
 def test_a_worse_rate_is_worse(clip, codec, good, bad):
-    errors = [np.square(encode(clip, codec, rate).astype(float) - clip).mean() for rate in (good, bad)]
+    gray = clip.astype(float).mean(-1)  # half of the colour is lost at any rate
+    errors = [np.square(encode(clip, codec, rate).mean(-1) - gray).mean() for rate in (good, bad)]
     assert 0 < errors[0] < errors[1] / 1.5
+
+
+@pytest.mark.parametrize("codec, rate", [("libx264", 18), ("mpeg4", 2)])
+def test_a_codec_darkens_nothing(clip, codec, rate):
+    """FFmpeg's fast way to RGB rounds down: a level of luma on the way of every clip."""
+    for channel, change in enumerate((encode(clip, codec, rate).astype(float) - clip).mean(axis=(0, 1, 2))):
+        assert abs(change) < 0.35, channel
+
+
+FORMATS = {
+    "yuv420p": vs.YUV420P8, "yuv422p": vs.YUV422P8, "yuv444p": vs.YUV444P8, "yuv420p10le": vs.YUV420P10,
+    "yuv422p12le": vs.YUV422P12, "gbrp": vs.RGB24, "gbrp10le": vs.RGB30, "gbrp16le": vs.RGB48,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_decoded_frame_is_what_vapoursynth_makes_of_it(name):
+    noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3)).astype(np.float32)
+    soft = cv2.resize(noise, (128, 96), interpolation=cv2.INTER_CUBIC).clip(0, 255).round().astype(np.uint8)
+    frame = av.VideoFrame.from_ndarray(soft, format="rgb24").reformat(format=name)
+    format = vs.core.get_video_format(FORMATS[name])
+
+    def fill(n, f):
+        filled = f.copy()
+        order = (2, 0, 1) if format.color_family == vs.RGB else (0, 1, 2)
+        for place, number in enumerate(order):
+            plane = frame.planes[number]
+            data = np.frombuffer(plane, np.uint8 if format.bytes_per_sample == 1 else np.uint16)
+            np.copyto(np.asarray(filled[place]), data.reshape(plane.height, -1)[:, : plane.width])
+        return filled
+
+    blank = vs.core.std.BlankClip(format=format.id, width=128, height=96, length=1)
+    options = {} if format.color_family == vs.RGB else {"matrix_in": 6, "range_in": 0}
+    wanted = blank.std.ModifyFrame(blank, fill).resize.Bicubic(format=vs.RGB24, **options).get_frame(0)
+    error = as_rgb(frame).astype(float) - np.stack([np.asarray(wanted[plane]) for plane in range(3)], -1)
+    assert np.abs(error.mean(axis=(0, 1))).max() < 0.2
+    assert np.sqrt(np.square(error @ [0.299, 0.587, 0.114]).mean()) < 0.5  # colours may differ a little more
+
+
+def command(tmp_path, *words) -> subprocess.CompletedProcess:
+    script = Path(__file__).parents[1] / "scripts" / "degrade.py"
+    return subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+
+def test_the_command_makes_a_quarter_that_fits(tmp_path, clip):
+    write_video(tmp_path / "in.mkv", clip[:2, :60, :92], Fraction(25))
+    done = command(tmp_path, "in.mkv", "out.mkv")
+    assert done.returncode == 0, done.stderr
+    assert read_video(tmp_path / "out.mkv")[0].shape == (2, 15, 23, 3) and "is taken" not in done.stderr
+    done = command(tmp_path, "in.mkv", "out.mkv", "--scale", "7")
+    assert "degrade: the upper left 91x56 of 92x60 is taken" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["absent.mkv", "out.mkv"], "absent.mkv cannot be read as a video"),
+        (["text.mkv", "out.mkv"], "text.mkv cannot be read as a video"),
+        (["text.mkv", "no/out.mkv"], "the folder of no/out.mkv does not exist"),
+        (["text.mkv", "out.mkv", "--seed", "-1"], "--scale must be at least 1 and --seed at least 0, got 4 and -1"),
+        (["text.mkv", "out.mkv", "--scale", "0"], "--scale must be at least 1 and --seed at least 0, got 0 and 0"),
+    ],
+)
+def test_what_cannot_be_degraded_is_one_line(tmp_path, words, line):
+    (tmp_path / "text.mkv").write_text("no video")
+    done = command(tmp_path, *words)
+    assert done.returncode == 2 and line in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
 def test_strength_zero_only_reduces():

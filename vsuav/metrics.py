@@ -3,13 +3,16 @@
 Images are "n 3 h w" or "3 h w" RGB in [0, 1]; every function averages over the images it is given.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vsuav.flow import valid, warp
+
+MOST_DB = 100.0
+"""What an image without any error counts as."""
 
 
 def luma(images: Tensor) -> Tensor:
@@ -19,27 +22,28 @@ def luma(images: Tensor) -> Tensor:
     return (16 + 65.481 * red + 128.553 * green + 24.966 * blue)[:, None]
 
 
-def _pair(name: str, result: Tensor, truth: Tensor, border: int) -> tuple[Tensor, Tensor]:
+def _lumas(name: str, result: Tensor, truth: Tensor, border: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The luma of every image of both, "1 1 h w", one at a time: a long clip in float64 would fill the memory."""
     if result.shape != truth.shape:
         raise ValueError(f"{name}: images must have one shape, got {tuple(result.shape)} and {tuple(truth.shape)}")
     if min(result.shape[-2:]) <= 2 * border:
         raise ValueError(f"{name}: border must leave pixels of {tuple(result.shape[-2:])}, got {border}")
     inner = slice(border, -border or None)
-    return luma(result)[..., inner, inner], luma(truth)[..., inner, inner]
+    for images in zip(*(x[None] if x.ndim == 3 else x for x in (result, truth)), strict=True):
+        yield tuple(luma(image)[..., inner, inner] for image in images)
 
 
 def psnr_y(result: Tensor, truth: Tensor, border: int = 0) -> float:
-    """Peak signal-to-noise ratio of the luma in dB, peak 255, without `border` pixels at every edge."""
-    result, truth = _pair("psnr_y", result, truth, border)
-    error = (result - truth).square().mean(dim=(1, 2, 3))
-    return (10 * torch.log10(255**2 / error)).mean().item()
+    """Peak signal-to-noise ratio of the luma in dB, peak 255, without `border` pixels at every edge.
+
+    An image counts as `MOST_DB` at most: one that is right to the bit would make the mean of all infinite.
+    """
+    errors = [(r - t).square().mean() for r, t in _lumas("psnr_y", result, truth, border)]
+    return (10 * torch.log10(255**2 / torch.stack(errors))).clamp(max=MOST_DB).mean().item()
 
 
 def ssim_y(result: Tensor, truth: Tensor, border: int = 0) -> float:
     """Structural similarity of the luma (Wang et al. 2004): Gaussian window of 11 pixels, sigma 1.5, range 255."""
-    result, truth = _pair("ssim_y", result, truth, border)
-    if min(result.shape[-2:]) < 11:
-        raise ValueError(f"ssim_y: images must be at least 11x11 inside the border, got {tuple(result.shape[-2:])}")
     taps = torch.exp(-torch.arange(-5, 6, dtype=torch.float64, device=result.device).square() / (2 * 1.5**2))
     taps = taps / taps.sum()
 
@@ -47,12 +51,17 @@ def ssim_y(result: Tensor, truth: Tensor, border: int = 0) -> float:
         return F.conv2d(F.conv2d(x, taps.view(1, 1, 1, -1)), taps.view(1, 1, -1, 1))
 
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    mean_r, mean_t = mean(result), mean(truth)
-    variance_r, variance_t = mean(result.square()) - mean_r.square(), mean(truth.square()) - mean_t.square()
-    covariance = mean(result * truth) - mean_r * mean_t
-    similarity = (2 * mean_r * mean_t + c1) * (2 * covariance + c2)
-    similarity /= (mean_r.square() + mean_t.square() + c1) * (variance_r + variance_t + c2)
-    return similarity.mean().item()
+    found = []
+    for r, t in _lumas("ssim_y", result, truth, border):
+        if min(r.shape[-2:]) < 11:
+            raise ValueError(f"ssim_y: images must be at least 11x11 inside the border, got {tuple(r.shape[-2:])}")
+        mean_r, mean_t = mean(r), mean(t)
+        variance_r, variance_t = mean(r.square()) - mean_r.square(), mean(t.square()) - mean_t.square()
+        covariance = mean(r * t) - mean_r * mean_t
+        similarity = (2 * mean_r * mean_t + c1) * (2 * covariance + c2)
+        similarity /= (mean_r.square() + mean_t.square() + c1) * (variance_r + variance_t + c2)
+        found.append(similarity.mean())
+    return torch.stack(found).mean().item()
 
 
 def warping_error(
@@ -101,18 +110,17 @@ def high_frequency_energy(images: Tensor, cutoff: float = 0.125) -> float:
     The default is the Nyquist frequency of an image 4 times smaller: what is above it cannot come from there. A Hann
     window keeps the image's edges from counting.
     """
-    y = luma(images)[:, 0]
-    height, width = y.shape[-2:]
-    window = torch.outer(
-        torch.hann_window(height, periodic=False, dtype=torch.float64, device=y.device),
-        torch.hann_window(width, periodic=False, dtype=torch.float64, device=y.device),
-    )
-    y = (y - y.mean(dim=(-2, -1), keepdim=True)) * window
-    power = torch.fft.fft2(y).abs().square()
-    row = torch.fft.fftfreq(height, dtype=torch.float64, device=y.device).abs() > cutoff
-    column = torch.fft.fftfreq(width, dtype=torch.float64, device=y.device).abs() > cutoff
-    kept = power[:, row[:, None] | column].sum(dim=-1) / (height * width)
-    return (kept / window.square().sum()).mean().item()
+    images = images[None] if images.ndim == 3 else images
+    height, width = images.shape[-2:]
+    wide = {"dtype": torch.float64, "device": images.device}
+    window = torch.outer(*(torch.hann_window(side, periodic=False, **wide) for side in (height, width)))
+    row, column = (torch.fft.fftfreq(side, **wide).abs() > cutoff for side in (height, width))
+    found = []
+    for image in images:
+        y = luma(image)[0, 0]
+        power = torch.fft.fft2((y - y.mean()) * window).abs().square()
+        found.append(power[row[:, None] | column].sum() / (height * width) / window.square().sum())
+    return torch.stack(found).mean().item()
 
 
 def color_drift(images: Tensor, low_res: Tensor, cell: int = 8) -> float:
