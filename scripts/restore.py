@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from fractions import Fraction
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -20,8 +19,9 @@ import numpy as np
 import vapoursynth as vs
 from PIL import Image
 
-from vsuav.video import MediaError, Video, colour_filter, open_video
-from vsuav.video import carried_over as video_options
+from vsuav.containers import SOUND_OF
+from vsuav.parts import MediaError, check_target, complete
+from vsuav.video import Video, colour_filter, everything_else, open_video
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "restore.vpy"
@@ -101,30 +101,34 @@ def vspipe() -> list[str]:
 
 
 def carried_over(video: Video, target: Path) -> list[str]:
-    """ffmpeg's options that carry sound, subtitles, chapters and colour tags of `video` (its second input) over."""
+    """`video` as ffmpeg's second input, and options that carry its sound, subtitles, chapters and colour tags over."""
     if any(tick != n for n, tick in enumerate(video.ticks)):
         raise Failed(f"{video.path} has a variable frame rate, which y4m has no place for; use .venv/bin/vsuav restore")
     props = dict(video.clip.get_frame(0).props)
     if video.clip.format.color_family != vs.YUV:
         props |= {"_Matrix": vs.MATRIX_BT709, "_Range": vs.RANGE_LIMITED}  # restore.vpy turns it into this
-    shape = Fraction(int(props.get("_SARNum", 1)) or 1, int(props.get("_SARDen", 1)) or 1)
-    options, lost = video_options(video.path, target.suffix.lower())
-    for line in lost:
+    given, carried = everything_else(video.path, target.suffix.lower())
+    for line in (*video.lost, *carried.lost):
         print(f"  left out: {line}", file=sys.stderr)
-    return [*options, "-vf", colour_filter(props, shape)]
+    return [*given, "-map", "0:v:0", *carried.options, "-vf", colour_filter(props, video.pixel_shape)]
 
 
 def restore(source: Path, target: Path, settings: list[str], script: Path = SCRIPT) -> None:
     """Run `script` on `source` and encode what comes out into `target`, which appears only when it is complete."""
-    part = target.with_name(f"{target.stem}.part{target.suffix}")
     arguments = [word for pair in [f"input={source}", *settings] for word in ("-a", pair)]
     video = open_video(source)
     encode = [
         imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y", "-itsoffset", f"{float(video.time(0)):.6f}",
-        "-f", "yuv4mpegpipe", "-i", "-", "-i", str(source), "-map", "0:v:0", *carried_over(video, target),
-        "-c:v", "libx264", "-crf", "16", "-preset", "medium", str(part),
+        "-f", "yuv4mpegpipe", "-i", "-", *carried_over(video, target), "-c:v", "libx264", "-crf", "16",
+        "-preset", "medium",
     ]  # fmt: skip
     evaluate = [*vspipe(), *arguments, str(script), "-"]
+    with complete(target) as part:
+        encoded(evaluate, [*encode, str(part)], source, target)
+
+
+def encoded(evaluate: list[str], encode: list[str], source: Path, target: Path) -> None:
+    """Run the two commands, the first piped into the second."""
     pipe = subprocess.Popen(evaluate, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     ffmpeg = subprocess.Popen(encode, stdin=pipe.stdout, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     pipe.stdout.close()  # ffmpeg holds it now
@@ -139,13 +143,10 @@ def restore(source: Path, target: Path, settings: list[str], script: Path = SCRI
             raise Failed(f"ffmpeg could not write {target}: {complaints[0].strip().splitlines()[-1]}")
         if failed_script or failed_encode:
             raise Failed(f"{source} was not restored, see above")
-        os.replace(part, target)
     finally:
         for process in (pipe, ffmpeg):
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-        part.unlink(missing_ok=True)
+            process.kill()
+            process.wait()
 
 
 def rgb(clip: vs.VideoNode, n: int, width: int, height: int) -> np.ndarray:
@@ -162,7 +163,8 @@ def side_by_side(source: Path, restored: Path, picture: Path) -> None:
     left, top = (after.width - width) // 2, (after.height - height) // 2
     halves = [rgb(clip, n, after.width, after.height) for clip in (before, after)]
     halves = [half[top : top + height, left : left + width] for half in halves]
-    Image.fromarray(np.hstack(halves)).save(picture)
+    with complete(picture) as part:
+        Image.fromarray(np.hstack(halves)).save(part)
 
 
 def main(arguments: list[str]) -> int:
@@ -177,12 +179,12 @@ def main(arguments: list[str]) -> int:
         source, target = (Path(file).resolve() for file in files or (SAMPLE, HERE.parent / "out" / "city-4x.mp4"))
         if not source.is_file():
             raise Failed(f"no such file: {source}")
-        if target == source:
-            raise Failed(f"INPUT and OUTPUT are the same file: {source}")
+        picture = target.with_suffix(".png")
         target.parent.mkdir(parents=True, exist_ok=True)
+        check_target(target, {"INPUT": source}, SOUND_OF, overwrite=True)
+        check_target(picture, {"INPUT": source}, (".png",), overwrite=True)
         print(f"restoring {source} (the first frames take longest)", file=sys.stderr, flush=True)
         restore(source, target, settings)
-        picture = target.with_suffix(".png")
         side_by_side(source, target, picture)
     except (Failed, MediaError, vs.Error) as error:
         print(f"vsuav: {error}", file=sys.stderr)

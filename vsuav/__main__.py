@@ -32,6 +32,7 @@ app.add_typer(models_app, name="models")
 console = Console(stderr=True, highlight=False)
 
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show where an error came from.")]
+Overwrite = Annotated[bool, typer.Option("-y", "--overwrite", help="Replace OUTPUT if it exists.")]
 MODEL = "Folder, bundled name or hub id of the model. [default: the bundled one]"
 Model = Annotated[str | None, typer.Option(help=MODEL)]
 
@@ -122,7 +123,7 @@ def restore(
     progressive: Annotated[
         bool, typer.Option("--progressive", help="Take frames as progressive whatever the file says.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("-y", "--overwrite", help="Replace OUTPUT if it exists.")] = False,
+    overwrite: Overwrite = False,
     verbose: Verbose = False,
 ) -> None:
     """Restore a video file: 4 times as large, with its sound, subtitles, chapters, timestamps and colour tags.
@@ -166,6 +167,7 @@ def compare(
     start: Annotated[str | None, typer.Option(help="Time of INPUT at which RESULT begins.")] = None,
     frame: Annotated[list[int] | None, typer.Option(help="Frame of RESULT to show; repeatable.")] = None,
     crop: Annotated[str | None, typer.Option(metavar="X,Y,W,H", help="Show this part of RESULT.")] = None,
+    overwrite: Overwrite = False,
     verbose: Verbose = False,
 ) -> None:
     """Show the input, the input enlarged by bicubic, and the result next to each other."""
@@ -179,7 +181,7 @@ def compare(
             area = tuple(map(int, crop.split(",")))
         begins = None if start is None else video.seconds(start)
         with Bar() as bar:
-            compare.compare(source, result, target, begins, tuple(frame or ()), area, bar.frames)
+            compare.compare(source, result, target, begins, tuple(frame or ()), area, overwrite, bar.frames)
         console.print(f"vsuav: wrote {target}", markup=False, soft_wrap=True)
 
 

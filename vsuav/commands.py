@@ -5,7 +5,6 @@ import gc
 import inspect
 import json
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,13 @@ from typing import Any
 import torch
 import vapoursynth as vs
 
-from vsuav import checkpoint
+from vsuav import checkpoint, disk
+from vsuav.containers import SOUND_OF
+from vsuav.parts import MediaError, alone, check_target
 from vsuav.plugin import upscale
 from vsuav.unet import UNetConfig
 from vsuav.vae import VAEConfig
-from vsuav.video import DEFAULT_ENCODER, MediaError, Writer, deepened, open_video, ten_bit
+from vsuav.video import DEFAULT_ENCODER, Writer, deepened, open_video, ten_bit
 
 TASK = re.compile(r"upscale: frames (\d+) to (\d+): task (\d+) of (\d+)")
 """The engine's progress in VapourSynth's log."""
@@ -67,45 +68,47 @@ def restore(order: Order, reports: Reports) -> None:
         MediaError, vs.Error: one line that says what is wrong and what would work.
     """
     source, target = order.source.resolve(), order.target.resolve()
-    if target.exists() and target == source:
-        raise MediaError(f"INPUT and OUTPUT are the same file: {source}")
-    if target.exists() and not order.overwrite:
-        raise MediaError(f"{target} exists already; --overwrite replaces it")
-    if not target.suffix:
-        raise MediaError(f"OUTPUT needs a suffix that names its container, such as {target.name}.mkv")
-    if not target.parent.is_dir():
-        raise MediaError(f"no such folder: {target.parent}")
-    cache = order.cache_dir or kept_latents(target)
-    new, written = not cache.exists(), 0
-    handler = vs.core.add_log_handler(_log_to(reports))
-    try:
-        video = open_video(source)
-        clip = deepened(video.clip)
-        if order.progressive:
-            clip = clip.std.SetFieldBased(0)
-        span = video.between(order.start, order.end)
-        result = ten_bit(upscale(clip, **order.settings, cache_dir=str(cache)))[span.start : span.stop]
-        result.set_output()  # the engine stops between two tasks when the outputs are cleared
-        writer = Writer(result, video, span, target, order.encoder or DEFAULT_ENCODER)
-        writer.check()
-        for line in writer.lost:
-            reports.say(f"left out: {line}")
-        reports.frames(0, len(span))
-        with writer:
-            for written, frame in enumerate(result.frames(close=True), 1):  # noqa: B007
-                writer.write(written - 1, frame)
-                reports.frames(written, len(span))
-    except BaseException:
-        if new and order.cache_dir is None and not written:
-            shutil.rmtree(cache, ignore_errors=True)
-        raise
-    finally:
-        vs.clear_outputs()
-        vs.core.remove_log_handler(handler)
-    if order.cache_dir is None:
-        del result, writer
-        gc.collect()
-        shutil.rmtree(cache, ignore_errors=True)
+    check_target(target, {"INPUT": source}, SOUND_OF, order.overwrite)
+    kept = kept_latents(target)
+    with alone(target, kept) as note:
+        new, written = not (kept / disk.FILE).exists(), 0
+        handler = vs.core.add_log_handler(_log_to(reports))
+        try:
+            video = open_video(source)
+            clip = deepened(video.clip)
+            if order.progressive:
+                clip = clip.std.SetFieldBased(0)
+            span = video.between(order.start, order.end)
+            result = upscale(clip, **order.settings, cache_dir=str(order.cache_dir or kept))
+            result = ten_bit(result)[span.start : span.stop]
+            result.set_output()  # the engine stops between two tasks when the outputs are cleared
+            writer = Writer(result, video, span, target, order.encoder or DEFAULT_ENCODER)
+            writer.check()
+            for line in (*video.lost, *writer.lost):
+                reports.say(f"left out: {line}")
+            reports.frames(0, len(span))
+            with writer:
+                note(writer.part)
+                for written, frame in enumerate(result.frames(close=True), 1):  # noqa: B007
+                    writer.write(written - 1, frame)
+                    reports.frames(written, len(span))
+        except BaseException:
+            if new and not written:
+                _forget(kept)
+            raise
+        finally:
+            vs.clear_outputs()
+            vs.core.remove_log_handler(handler)
+        if order.cache_dir is None:
+            del result, writer
+            gc.collect()
+            _forget(kept)
+
+
+def _forget(folder: Path) -> None:
+    """Remove the latents that are kept in a folder, and nothing else of it."""
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        (folder / f"{disk.FILE}{suffix}").unlink(missing_ok=True)
 
 
 def _log_to(reports: Reports) -> Callable[[vs.MessageType, str], None]:
@@ -136,17 +139,17 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
 def read_prompts(path: Path) -> list[tuple[int, str]]:
     """Prompts by shot: lines of a first frame and a text, such as ``240 a street in the rain``; # begins a comment."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise MediaError(f"cannot read the prompts of {path}: {error}") from None
     prompts = []
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
-        first, _, text = line.strip().partition(" ")
-        if not first.isdigit():
+        first, *text = line.split(maxsplit=1)
+        if not first.isdecimal():
             raise MediaError(f"{path}, line {number}: a line is a frame number and a text, got {line.strip()!r}")
-        prompts.append((int(first), text.strip()))
+        prompts.append((int(first), "".join(text).strip()))
     if not prompts:
         raise MediaError(f"{path} holds no prompts; a line is a frame number and a text")
     return prompts

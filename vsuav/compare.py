@@ -11,8 +11,10 @@ import numpy as np
 import vapoursynth as vs
 from PIL import Image, ImageDraw
 
-from vsuav.video import MediaError, Video, Writer, open_video, ten_bit
+from vsuav.parts import MediaError, check_target, complete
+from vsuav.video import Video, Writer, open_video, ten_bit
 
+VIDEOS, PAGES = (".mkv", ".mp4", ".mov"), (".html", ".htm")
 Crop = tuple[int, int, int, int]
 NAMES = ("input", "bicubic", "restored")
 PAGE = """<!doctype html>
@@ -113,7 +115,8 @@ def write_png(pair: Pair, target: Path, numbers: Sequence[int], crop: Crop | Non
     for n in numbers:
         named = zip(pair.pictures(n, crop), NAMES, strict=True)
         rows.append(np.hstack([_named(picture, name) for picture, name in named]))
-    _replace(target, lambda part: Image.fromarray(np.vstack(rows)).save(part, format="PNG"))
+    with complete(target) as part:
+        Image.fromarray(np.vstack(rows)).save(part, format="PNG")
 
 
 def write_page(pair: Pair, target: Path, numbers: Sequence[int], crop: Crop | None) -> None:
@@ -123,15 +126,21 @@ def write_page(pair: Pair, target: Path, numbers: Sequence[int], crop: Crop | No
         pictures = {name: _inline(picture) for name, picture in zip(NAMES, pair.pictures(n, crop), strict=True)}
         sections.append(SECTION.format(n=n, time=float(pair.result.time(n)), **pictures))
     page = PAGE.format(title=html.escape(pair.result.path.name), sections="\n".join(sections))
-    _replace(target, lambda part: part.write_text(page, encoding="utf-8"))
+    with complete(target) as part:
+        part.write_text(page, encoding="utf-8")
 
 
 def write_video(pair: Pair, target: Path, progress: Callable[[int, int], None]) -> None:
     """The input by bicubic on the left, the result on the right, with the result's sound."""
     after = ten_bit(pair.result.clip)
+    said = after.get_frame(0).props
+    written = {"matrix": "_Matrix", "range": "_Range", "chromaloc": "_ChromaLocation"}
     before = ten_bit(pair.source.clip)[pair.offset :][: after.num_frames]
-    before = before.resize.Bicubic(after.width, after.height, format=after.format.id)
-    both = vs.core.std.StackHorizontal([before, after])
+    before = before.resize.Bicubic(
+        after.width, after.height, format=after.format.id,
+        **{name: said[key] for name, key in written.items() if key in said},
+    )  # fmt: skip
+    both = vs.core.std.StackHorizontal([before, after]).std.CopyFrameProps(after)
     writer = Writer(both, pair.result, range(both.num_frames), target, shape=pair.result.pixel_shape)
     with writer:
         for n, frame in enumerate(both.frames(close=True)):
@@ -146,6 +155,7 @@ def compare(
     start: float | None = None,
     numbers: Sequence[int] = (),
     crop: Crop | None = None,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write a comparison; the suffix of `target` decides which: .png, .html, or a container of video.
@@ -154,12 +164,13 @@ def compare(
         start: time of the input at which the result begins, in seconds.
         numbers: frames of the result; () is the middle one for a PNG and five for a page.
         crop: (left, top, width, height) in pixels of the result.
+        overwrite: replace `target` if it exists.
 
     Raises:
         MediaError: one line that says what is wrong and what would work.
     """
-    if not target.parent.is_dir():
-        raise MediaError(f"no such folder: {target.parent}")
+    source, result, target = source.resolve(), result.resolve(), target.resolve()
+    check_target(target, {"INPUT": source, "RESULT": result}, (".png", *PAGES, *VIDEOS), overwrite)
     pair = open_pair(source, result, start)
     pair.check_crop(crop)
     frames = pair.result.clip.num_frames
@@ -169,14 +180,12 @@ def compare(
     suffix = target.suffix.lower()
     if suffix == ".png":
         write_png(pair, target, numbers or spread(1, frames), crop)
-    elif suffix in (".html", ".htm"):
+    elif suffix in PAGES:
         write_page(pair, target, numbers or spread(5, frames), crop)
-    elif suffix in (".mkv", ".mp4", ".mov"):
-        if numbers or crop:
-            raise MediaError("--frame and --crop are for .png and .html")
-        write_video(pair, target, progress)
+    elif numbers or crop:
+        raise MediaError("--frame and --crop are for .png and .html")
     else:
-        raise MediaError(f"OUTPUT must end in .png, .html, .mkv, .mp4 or .mov, got {target.name}")
+        write_video(pair, target, progress)
 
 
 def _named(picture: np.ndarray, name: str) -> np.ndarray:
@@ -191,13 +200,3 @@ def _inline(picture: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="JPEG", quality=96, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _replace(target: Path, write: Callable[[Path], object]) -> None:
-    """Write through a part file, so that `target` is never half of something."""
-    part = target.with_name(f"{target.name}.part")
-    try:
-        write(part)
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)

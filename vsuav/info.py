@@ -19,6 +19,7 @@ from torch import Tensor
 from vsuav import native
 from vsuav.commands import found_models
 from vsuav.engine import Engine
+from vsuav.frames import check
 from vsuav.networks import Networks, auto_dtype, choose
 from vsuav.plugin import KEPT_BLOCKS
 from vsuav.settings import Settings, auto_threads
@@ -99,6 +100,7 @@ def price(video: Video, span: range, given: Mapping[str, Any]) -> Price:
     Args:
         given: arguments of `upscale`.
     """
+    check(video.clip)
     width, height = video.clip.width, video.clip.height
     models, settings = choose(given, width, height)
     cover = tiles(height, width, settings.tile, settings.tile_overlap)

@@ -5,39 +5,37 @@ the input file a second time for sound, subtitles, chapters, attachments and tag
 """
 
 import contextlib
+import io
+import itertools
 import os
 import re
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
+import av.format
 import imageio_ffmpeg
 import numpy as np
 import vapoursynth as vs
+from av.video.format import VideoFormat
+
+from vsuav.containers import Carried, carried_over, tag_of
+from vsuav.parts import MediaError, check_name, new_part
 
 UNSPECIFIED = 2
 DEFAULT_ENCODER = ("-c:v", "libx265", "-crf", "14", "-preset", "medium", "-x265-params", "log-level=error")
 """Visually lossless, 10 bit (the pixel format is chosen with the clip)."""
-SOUND_OF = {
-    ".mp4": {"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac", "mp2"},
-    ".mov": {"aac", "mp3", "ac3", "eac3", "alac", "pcm_s16le", "pcm_s24le", "pcm_s16be", "pcm_s24be"},
-    ".webm": {"opus", "vorbis"},
-}
-"""Container -> codecs it takes as they are (Matroska takes all). Other sound is encoded again."""
-ATTACHED = av.stream.Disposition.attached_pic
-TEXT_SUBTITLES = {"subrip", "srt", "ass", "ssa", "webvtt", "mov_text", "text"}
-SUBTITLES_OF = {".mkv": "subrip", ".mp4": "mov_text", ".mov": "mov_text", ".webm": "webvtt"}
-"""Container -> what text subtitles become that it does not take as they are."""
 CHROMA_LOCATIONS = ("left", "center", "topleft", "top", "bottomleft", "bottom")
-
-
-class MediaError(ValueError):
-    """A video file that cannot be read or written; one line that says what would work."""
+FINER_CHROMA = {(0, 1): (0, 0), (2, 0): (1, 0), (2, 2): (1, 1)}
+"""Subsampling (4:4:0, 4:1:1, 4:1:0) that NUT or encoders do not know with 10 bits -> what holds it."""
+FILTERS, PACKET_FILTERS = ("-vf", "-filter:v", "-filter:v:0"), ("-bsf:v", "-bsf:v:0")
+"""ffmpeg's names for options of which the last one given counts alone."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,8 @@ class Video:
     """An opened video file.
 
     `ticks` are the frames' presentation times in units of `time_base` seconds, `begins` is the time in seconds at which
-    the file's earliest stream begins (players call it 0).
+    the file's earliest stream begins (players call it 0). `pixel_shape` is width / height of a pixel, `last` for how
+    many seconds the last frame is shown, `lost` says what of the picture the clip does not have.
     """
 
     path: Path
@@ -53,16 +52,17 @@ class Video:
     ticks: Sequence[int]
     time_base: Fraction
     begins: Fraction
+    pixel_shape: Fraction = Fraction(1)
+    last: Fraction = Fraction(1, 25)
+    lost: Sequence[str] = ()
 
     def time(self, n: int) -> Fraction:
         """Seconds from the beginning of the file to frame n."""
         return self.ticks[n] * self.time_base - self.begins
 
-    @property
-    def pixel_shape(self) -> Fraction:
-        """Width / height of a pixel."""
-        props = self.clip.get_frame(0).props
-        return Fraction(int(props.get("_SARNum", 1)) or 1, int(props.get("_SARDen", 1)) or 1)
+    def duration(self, n: int) -> Fraction:
+        """Seconds for which frame n is shown."""
+        return self.time(n + 1) - self.time(n) if n + 1 < len(self.ticks) else self.last
 
     def between(self, start: float | None, end: float | None) -> range:
         """The frames shown from `start` until before `end`, in seconds from the beginning of the file."""
@@ -86,33 +86,84 @@ def open_video(path: Path) -> Video:
     """
     if not path.is_file():
         raise MediaError(f"no such file: {path}")
+    check_name(path)
     if not hasattr(vs.core, "bs"):
         raise MediaError('BestSource is not installed: pip install "vsuav[cli]"')
     try:
         with av.open(str(path)) as container:
             begins = Fraction(container.start_time or 0, av.time_base)
-            coded = [(stream.width, stream.height) for stream in container.streams.video]
+            stream = next(iter(container.streams.video), None)
+            if stream is None:
+                raise MediaError(f"{path} holds no video")
+            if stream.codec_context is None:
+                raise MediaError(f"{path} holds video in a codec that ffmpeg does not know")
+            width, height, shape = stream.width, stream.height, stream.sample_aspect_ratio
+            start = begins if stream.start_time is None else stream.start_time * stream.time_base
+            last = _shown_last(container, stream)
     except (av.FFmpegError, OSError) as error:
         raise MediaError(f"{path} is no file ffmpeg can read ({getattr(error, 'strerror', None) or error})") from None
-    if not coded:
-        raise MediaError(f"{path} holds no video")
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            times = Path(folder) / "times"
-            clip = vs.core.bs.VideoSource(str(path), timecodes=str(times), apply_rotation=True)
-            ticks = [round(float(line) * 100) for line in times.read_text().splitlines() if not line.startswith("#")]
+        clip, ticks = _decoded(path)
+        props = clip.get_frame(0).props
     except vs.Error as error:
         raise MediaError(f"{path}: {' '.join(str(error).split())}") from None
-    if clip.format.color_family == vs.YUV and clip.get_frame(0).props.get("_Matrix", UNSPECIFIED) == UNSPECIFIED:
-        clip = clip.std.SetFrameProps(_Matrix=vs.MATRIX_BT709 if clip.height > 576 else vs.MATRIX_ST170_M)
-    if coded[0] == (clip.height, clip.width) != (clip.width, clip.height):  # turned, but its pixels' shape was not
-        props = clip.get_frame(0).props
-        clip = clip.std.SetFrameProps(_SARNum=props.get("_SARDen", 1), _SARDen=props.get("_SARNum", 1))
-    base, rate, millisecond = Fraction(1, 100_000), Fraction(clip.fps), Fraction(1, 1000)
-    if rate and all(abs((tick - ticks[0]) * base - n / rate) <= millisecond for n, tick in enumerate(ticks)):
+    if clip.format.color_family == vs.YUV and props.get("_Matrix", UNSPECIFIED) == UNSPECIFIED:
+        hd = width >= 1280 or height > 576
+        clip = clip.std.SetFrameProps(_Matrix=vs.MATRIX_BT709 if hd else vs.MATRIX_ST170_M)
+    shape = shape or Fraction(int(props.get("_SARNum", 1)) or 1, int(props.get("_SARDen", 1)) or 1)
+    if (width - height) * (clip.width - clip.height) < 0:  # the picture was turned, but its pixels' shape was not
+        width, height, shape = height, width, 1 / shape
+    clip = clip.std.SetFrameProps(_SARNum=shape.numerator, _SARDen=shape.denominator)
+    cut = 0 < width - clip.width < 4 or 0 < height - clip.height < 4
+    lost = [f"the edge of the picture: {width}x{height} is cut to {clip.width}x{clip.height}"] if cut else []
+    rate, base, millisecond = Fraction(clip.fps) or Fraction(25), Fraction(1, 100_000), Fraction(1, 1000)
+    if ticks is None:
+        begins, base, ticks = begins - start, 1 / rate, range(len(clip))
+    elif all(abs((tick - ticks[0]) * base - n / rate) <= millisecond for n, tick in enumerate(ticks)):
         # constant, but for the rounding of the container: count frames, and let `begins` carry the offset
-        begins, base, ticks = begins - ticks[0] * base, 1 / rate, list(range(len(ticks)))
-    return Video(path, clip, ticks, base, begins)
+        begins, base, ticks = begins - ticks[0] * base, 1 / rate, range(len(ticks))
+    if not last or abs(last - 1 / rate) <= millisecond:
+        last = 1 / rate
+    return Video(path, clip, ticks, base, begins, shape, last, lost)
+
+
+def _shown_last(container: av.container.InputContainer, stream: av.VideoStream) -> Fraction | None:
+    """Seconds for which a file says that its last frame is shown."""
+    with contextlib.suppress(av.FFmpegError, StopIteration):
+        first = next(packet for packet in container.demux(stream) if packet.pts is not None)
+        with contextlib.suppress(av.FFmpegError):  # else all packets are read
+            container.seek(2**62, stream=stream)
+        packets = [packet for packet in container.demux(stream) if packet.pts is not None and packet.duration]
+        shown = max(packets, key=lambda packet: packet.pts, default=first)
+        end = shown.pts + (shown.duration or 0)
+        if None not in (first.dts, *(packet.dts for packet in packets)):  # durations are of the order of decoding
+            end = max((packet.dts + packet.duration for packet in packets), default=0) + first.pts - first.dts
+        return max(end - shown.pts, 0) * stream.time_base
+    return None
+
+
+def _decoded(path: Path) -> tuple[vs.VideoNode, list[int] | None]:
+    """The clip of a file and its frames' times in units of 0.01 ms, None where the file does not say them."""
+    with tempfile.TemporaryDirectory() as folder:
+        times = Path(folder) / "times"
+        try:
+            clip = vs.core.bs.VideoSource(str(path), timecodes=str(times), apply_rotation=True)
+        except vs.Error as error:
+            if "unknown timestamp" not in str(error):
+                raise
+            return vs.core.bs.VideoSource(str(path), apply_rotation=True), None
+        ticks = [round(float(line) * 100) for line in times.read_text().splitlines() if not line.startswith("#")]
+        return clip, _rising(ticks, round(100_000 / (clip.fps or 25)))
+
+
+def _rising(ticks: Sequence[int], step: int) -> list[int]:
+    """`ticks`, which from a place where they do not rise (a transport stream starts again) go on after one `step`."""
+    risen, moved = [], 0
+    for tick in ticks:
+        if risen and tick + moved <= risen[-1]:
+            moved = risen[-1] + step - tick
+        risen.append(tick + moved)
+    return risen
 
 
 def deepened(clip: vs.VideoNode) -> vs.VideoNode:
@@ -122,25 +173,27 @@ def deepened(clip: vs.VideoNode) -> vs.VideoNode:
 
 
 def ten_bit(clip: vs.VideoNode) -> vs.VideoNode:
-    """`clip` as YUV with 10 bits a sample and its own subsampling, exactly (8-bit values are multiplied by 4)."""
+    """`clip` as YUV with 10 bits a sample, exactly (8-bit values are multiplied by 4), and its own subsampling where
+    that is 4:2:0, 4:2:2 or 4:4:4, else the next finer one of these."""
     form = clip.format
     if form.color_family == vs.RGB:
         return clip.resize.Bicubic(format=vs.YUV444P10, matrix=vs.MATRIX_BT709, range=vs.RANGE_LIMITED)
     if form.color_family == vs.GRAY:
         return clip.resize.Bicubic(format=vs.YUV420P10, matrix=vs.MATRIX_BT709)
-    wanted = vs.core.query_video_format(vs.YUV, vs.INTEGER, 10, form.subsampling_w, form.subsampling_h)
+    own = form.subsampling_w, form.subsampling_h
+    wanted = vs.core.query_video_format(vs.YUV, vs.INTEGER, 10, *FINER_CHROMA.get(own, own))
     return clip if form.id == wanted.id else clip.resize.Bicubic(format=wanted.id)
 
 
 def pixel_format(clip: vs.VideoNode) -> str:
-    """ffmpeg's name of the clip's format (YUV, 8 to 16 bits)."""
+    """ffmpeg's name of the clip's format (4:2:0, 4:2:2 or 4:4:4 with 8 to 16 bits)."""
     form = clip.format
-    chroma = {(1, 1): "420", (1, 0): "422", (0, 0): "444", (2, 0): "411", (0, 1): "440", (2, 2): "410"}
+    chroma = {(1, 1): "420", (1, 0): "422", (0, 0): "444"}
     name = f"yuv{chroma[form.subsampling_w, form.subsampling_h]}p"
     return name if form.bits_per_sample == 8 else f"{name}{form.bits_per_sample}le"
 
 
-def colour_filter(props: vs.FrameProps, shape: Fraction) -> str:
+def colour_filter(props: Mapping[str, Any], shape: Fraction) -> str:
     """A filter that tags frames with the colour properties of `props`, and with pixels of this `shape` (w / h)."""
     tags = {"colorspace": "_Matrix", "color_primaries": "_Primaries", "color_trc": "_Transfer"}
     known = [f"{name}={int(props[key])}" for name, key in tags.items() if props.get(key, UNSPECIFIED) != UNSPECIFIED]
@@ -151,53 +204,25 @@ def colour_filter(props: vs.FrameProps, shape: Fraction) -> str:
     return f"setparams={':'.join(known)},setsar={shape.numerator}/{shape.denominator}"
 
 
-def disposition(stream: av.stream.Stream) -> str:
-    """What a stream is marked as (default, forced, …), as ffmpeg's option of this name takes it."""
-    return "+".join(mark.name for mark in av.stream.Disposition if mark & stream.disposition) or "0"
-
-
-def carried_over(source: Path, suffix: str) -> tuple[list[str], list[str]]:
-    """ffmpeg's options that carry all but the picture of `source` (its input 1) into a container, and what is lost."""
-    options, lost = ["-map_metadata", "1", "-map_chapters", "1", "-c:a", "copy", "-c:s", "copy"], []
-    counts = {"audio": 0, "subtitle": 0}
-    with av.open(str(source)) as container:
-        for stream in container.streams:
-            context = stream.codec_context
-            codec = context.name if context else "unknown"
-            if stream.type == "audio":
-                options += ["-map", f"1:{stream.index}"]
-                options += [f"-disposition:a:{counts['audio']}", disposition(stream)]
-                if codec not in SOUND_OF.get(suffix, {codec}):
-                    again = "libopus" if suffix == ".webm" else "aac"
-                    options += [f"-c:a:{counts['audio']}", again, f"-b:a:{counts['audio']}", "256k"]
-                counts["audio"] += 1
-            elif stream.type == "subtitle":
-                target = SUBTITLES_OF.get(suffix)
-                if codec not in TEXT_SUBTITLES and suffix != ".mkv":
-                    lost.append(f"subtitles {stream.index} ({codec}): only .mkv takes subtitles that are pictures")
-                    continue
-                options += ["-map", f"1:{stream.index}", f"-disposition:s:{counts['subtitle']}", disposition(stream)]
-                if codec in TEXT_SUBTITLES and (suffix != ".mkv" or codec == "mov_text") and target:
-                    options += [f"-c:s:{counts['subtitle']}", target]
-                counts["subtitle"] += 1
-            elif stream.type == "attachment" and suffix == ".mkv":
-                options += ["-map", f"1:{stream.index}", "-c:t", "copy"]
-        video = container.streams.video[0]
-        options += ["-disposition:v:0", disposition(video)]
-        lost += [f"cover picture {s.index}" for s in container.streams.video if s.disposition & ATTACHED]
-        for name in ("language", "title"):
-            if name in video.metadata:
-                options += ["-metadata:s:v:0", f"{name}={video.metadata[name]}"]
-    return options, lost
+def everything_else(path: Path, suffix: str) -> tuple[list[str], Carried]:
+    """The file as ffmpeg's second input, counted from its earliest stream, and what is carried over from it."""
+    with av.open(str(path)) as container:
+        carried = carried_over(container.streams, suffix)
+        late = Fraction(0)
+        if carried.start is not None and container.format.flags & av.format.Flags.ts_discont.value:
+            # of a transport stream, ffmpeg counts from the earliest stream that is used
+            late = carried.start - Fraction(container.start_time or 0, av.time_base)
+    return ["-itsoffset", _seconds(late), "-i", str(path)], carried
 
 
 class Writer:
     """Writes a clip's frames, with everything else of `video`, into a file that appears when it is complete.
 
-    A context manager: leaving it without an exception finishes the file, with one removes what there is of it.
+    A context manager: leaving it without an exception finishes the file, with one removes what there is of it. The
+    first frame gives the colour tags. `part` is the file being written, `lost` says what is left out.
 
     Args:
-        clip: what will be written, YUV; its first frame gives the colour tags.
+        clip: what will be written, YUV as `ten_bit` makes it.
         span: the frames of `video` that it is made of.
         target: file to write; its suffix names the container.
         encoder: ffmpeg's options for the video stream.
@@ -213,96 +238,121 @@ class Writer:
         encoder: Sequence[str] = DEFAULT_ENCODER,
         shape: Fraction | None = None,
     ):
-        self._video, self._span, self._target = video, span, target
-        self._part = target.with_name(f"{target.stem}.part{target.suffix}")
-        self._first = video.ticks[span.start]
-        self._complaints: list[str] = []
+        self._video, self._span, self._target, self._encoder = video, span, target, encoder
         self._size = clip.width, clip.height, pixel_format(clip)
-        rate = Fraction(clip.fps) or 25
-        props = video.clip.get_frame(span.start).props
-        self.options, self.lost = carried_over(video.path, target.suffix.lower())
+        self._rate = Fraction(clip.fps) or Fraction(25)
         stretched = Fraction(clip.height, clip.width) / Fraction(video.clip.height, video.clip.width)
-        shape = shape or video.pixel_shape * stretched
-        offset = video.time(span.start)
-        cut = []
-        if len(span) < len(video.ticks):
-            end = video.time(span[-1]) + (1 / rate)
-            if span.stop < len(video.ticks):
-                end = video.time(span.stop)
-            cut = ["-ss", _seconds(max(offset - Fraction(1, 2000), 0)), "-to", _seconds(end)]
-        base = _fine(video.time_base)
-        self.command = [
-            imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-loglevel", "error", "-y",
-            "-itsoffset", _seconds(offset), "-f", "nut", "-i", "pipe:0", "-i", str(video.path),
-            "-map", "0:v:0", *self.options, "-vf", colour_filter(self._props(clip, props), shape),
-            "-fps_mode", "passthrough", "-enc_time_base", f"{base.numerator}/{base.denominator}",
-            "-pix_fmt", self._size[2], *encoder, *cut, str(self._part),
-        ]  # fmt: skip
-        self._rate = rate
-        self._encoder = encoder
+        self._shape = shape or video.pixel_shape * stretched
+        self._input, carried = everything_else(video.path, target.suffix.lower())
+        self._options, self.lost = carried.options, carried.lost
+        self._complaints: list[str] = []
+        self._process: subprocess.Popen | None = None
 
     def check(self) -> None:
-        """Encode one grey frame of the clip's size into nothing. Raises MediaError if the encoder cannot do that."""
-        width, height, form = self._size
-        grey = f"color=gray:s={width}x{height}:r={self._rate.numerator}/{self._rate.denominator}"
-        command = [
-            imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-loglevel", "error",
-            "-f", "lavfi", "-i", grey, "-frames:v", "1", "-pix_fmt", form, *self._encoder, "-f", "null", "-",
-        ]  # fmt: skip
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+        """Write the beginning of the file, with a frame of zeros, and remove it. Raises MediaError if that fails."""
+        file, part = io.BytesIO(), self._new_part()
+        nut = _Nut(file, self._size, self._rate, self._video.time_base)
+        planes = VideoFormat(self._size[2], *self._size[:2]).components
+        nut.write(bytes(sum(plane.width * plane.height * -(-plane.bits // 8) for plane in planes)), 0)
+        nut.close()
+        try:
+            *command, name = self._command(part, {}, [])
+            done = subprocess.run([*command, "-fs", "1", name], input=file.getvalue(), capture_output=True)
+        finally:
+            part.unlink(missing_ok=True)
         if done.returncode:
-            self._complaints = done.stderr.splitlines()
+            self._complaints = done.stderr.decode(errors="replace").splitlines()
             raise MediaError(self._said())
 
-    @staticmethod
-    def _props(clip: vs.VideoNode, props: vs.FrameProps) -> dict:
-        """Tags of the result without computing a frame of it: the source's, but RGB and GRAY became BT.709."""
-        known = dict(props)
-        if known.get("_Matrix", UNSPECIFIED) in (0, UNSPECIFIED):
-            known |= {"_Matrix": 1, "_Range": vs.RANGE_LIMITED}
-        return known
-
     def __enter__(self) -> "Writer":
-        self._process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for us to handle
-        )  # fmt: skip
-        self._reader = threading.Thread(target=self._read_complaints, daemon=True)
-        self._reader.start()
-        self._nut = av.open(_Pipe(self._process.stdin), "w", format="nut")
-        self._stream = self._nut.add_stream("rawvideo", rate=self._rate)
-        self._stream.width, self._stream.height, self._stream.pix_fmt = self._size
-        self._stream.time_base = self._stream.codec_context.time_base = self._video.time_base
+        self.part = self._new_part()
         return self
 
     def write(self, index: int, frame: vs.VideoFrame) -> None:
         """Write the frame number `index` of the span. Raises MediaError when ffmpeg has stopped."""
+        if self._process is None:
+            self._start(frame.props)
         planes = [np.ascontiguousarray(np.asarray(plane)).reshape(-1).view(np.uint8) for plane in frame]
-        packet = av.Packet(np.concatenate(planes).tobytes())
-        packet.stream, packet.time_base = self._stream, self._video.time_base
-        packet.pts = packet.dts = self._video.ticks[self._span[index]] - self._first
-        packet.is_keyframe = True
+        ticks, first = self._video.ticks, self._span.start
         try:
-            self._nut.mux(packet)
+            self._nut.write(np.concatenate(planes).tobytes(), ticks[first + index] - ticks[first])
         except (av.FFmpegError, OSError):
             raise self._failure() from None
 
     def __exit__(self, kind, error, trace) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._end()
+
+    def _finish(self) -> None:
         with contextlib.suppress(av.FFmpegError, OSError):
             self._nut.close()
         with contextlib.suppress(OSError):
             self._process.stdin.close()
-        if kind is not None:
-            self._process.terminate()
-        code = self._process.wait()
-        self._reader.join(5)
+        if self._process.wait():
+            raise self._failure()
+        os.replace(self.part, self._target)
+
+    def _end(self) -> None:
+        """Leave no process and no part behind."""
         try:
-            if kind is None and code:
-                raise self._failure()
-            if kind is None:
-                os.replace(self._part, self._target)
+            if self._process is not None:
+                self._process.kill()
+                self._process.wait()
+                with contextlib.suppress(OSError):
+                    self._process.stdin.close()
         finally:
-            self._part.unlink(missing_ok=True)
+            self.part.unlink(missing_ok=True)
+
+    def _start(self, props: Mapping[str, Any]) -> None:
+        self._process = subprocess.Popen(
+            self._command(self.part, props, self._cut()), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, start_new_session=True,  # Ctrl-C is for us to handle
+        )  # fmt: skip
+        self._reader = threading.Thread(target=self._read_complaints, daemon=True)
+        self._reader.start()
+        self._nut = _Nut(self._process.stdin, self._size, self._rate, self._video.time_base)
+
+    def _command(self, part: Path, props: Mapping[str, Any], cut: Sequence[str]) -> list[str]:
+        base, encoder = _fine(self._video.time_base), list(self._encoder)
+        encoder = _joined(FILTERS, colour_filter(props, self._shape), encoder)
+        if (last := self._video.duration(self._span[-1])) != 1 / self._rate:
+            encoder = _joined(PACKET_FILTERS, self._ending(last, bool(cut)), encoder)
+        return [
+            imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-loglevel", "error", "-y",
+            "-itsoffset", _seconds(self._video.time(self._span.start)), "-f", "nut", "-i", "pipe:0", *self._input,
+            "-map", "0:v:0", *self._options, "-fps_mode", "passthrough",
+            "-enc_time_base", f"{base.numerator}/{base.denominator}", "-pix_fmt", self._size[2],
+            *tag_of(encoder, self._target.suffix.lower()), *encoder, *cut, str(part),
+        ]  # fmt: skip
+
+    def _cut(self) -> list[str]:
+        """ffmpeg's options that leave out what lies before and after the span."""
+        if len(self._span) == len(self._video.ticks):
+            return []
+        end = self._video.time(self._span[-1]) + self._video.duration(self._span[-1])
+        return ["-ss", _seconds(self._video.time(self._span.start)), "-to", _seconds(end)]
+
+    def _ending(self, last: Fraction, cut: bool) -> str:
+        """A packet filter that has the last frame shown for `last` seconds.
+
+        Matroska takes that from the frame shown last, MP4 from the frame decoded last.
+        """
+        time, span = self._video.time, self._span
+        begin = time(span.start) if cut else 0
+        shown = time(span[-1]) - begin
+        after = shown - self._video.duration(span[-2]) / 2 if len(span) > 1 else Fraction(-1)
+        end = f"{_seconds(shown + last)}/TB"
+        decoded = f"if(eq(N,{len(span) - 1}),{end}-STARTPTS+STARTDTS-DTS,DURATION)"
+        return f"setts=pts=PTS:dts=DTS:duration='if(gte(PTS*TB,{_seconds(after)}),{end}-PTS,{decoded})'"
+
+    def _new_part(self) -> Path:
+        try:
+            return new_part(self._target)
+        except OSError as error:
+            raise MediaError(f"{self._target.parent} cannot be written: {error.strerror}") from None
 
     def _read_complaints(self) -> None:
         for line in self._process.stderr:
@@ -319,15 +369,41 @@ class Writer:
         return f"ffmpeg could not write {self._target}: {said[:500]}"
 
 
-class _Pipe:
-    """A process's input as a file that cannot seek."""
+class _Nut:
+    """Raw video with timestamps, into a file that cannot seek."""
 
-    def __init__(self, pipe):
-        self.write = pipe.write
-        self.flush = pipe.flush
+    def __init__(self, file, size: tuple[int, int, str], rate: Fraction, time_base: Fraction):
+        self._container = av.open(_Pipe(file), "w", format="nut")
+        self._stream = self._container.add_stream("rawvideo", rate=rate)
+        self._stream.width, self._stream.height, self._stream.pix_fmt = size
+        self._stream.time_base = self._stream.codec_context.time_base = self._time_base = time_base
+
+    def write(self, frame: bytes, tick: int) -> None:
+        packet = av.Packet(frame)
+        packet.stream, packet.time_base = self._stream, self._time_base
+        packet.pts = packet.dts = tick
+        packet.is_keyframe = True
+        self._container.mux(packet)
+
+    def close(self) -> None:
+        self._container.close()
+
+
+class _Pipe:
+    """What PyAV may do with a file that it writes from the beginning to the end."""
+
+    def __init__(self, file):
+        self.write, self.flush = file.write, file.flush
 
     def seekable(self) -> bool:
         return False
+
+
+def _joined(names: Sequence[str], ours: str, options: Sequence[str]) -> list[str]:
+    """`options` with what they say under one of `names` behind `ours`."""
+    theirs = [value for name, value in itertools.pairwise(options) if name in names]
+    others = [word for before, word in itertools.pairwise(["", *options]) if not {before, word} & {*names}]
+    return [names[0], ",".join([ours, *theirs[-1:]]), *others]
 
 
 def _seconds(time: Fraction) -> str:
