@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import vapoursynth as vs
 from clips import ask, clip_of, digest, pixels, restored
 from fakes import Fake, NoOp
 
-from vsuav import unload, upscale
+from vsuav import frames, unload, upscale
 from vsuav.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +67,8 @@ BAD_CLIPS = {
     "a format nobody reads": (
         lambda: blank(vs.core.query_video_format(vs.GRAY, vs.INTEGER, 32).id), "got Gray32: Resize error"
     ),
+    "a transfer nobody knows": (lambda: blank(_Transfer=3), "got RGBS: Resize error"),
+    "primaries nobody knows": (lambda: blank(vs.RGB24, _Primaries=3), "got RGB24: Resize error"),
     "a matrix in words": (lambda: blank(vs.YUV420P8, _Matrix="709"), "_Matrix must be one whole number, got '709'"),
     "two transfers": (lambda: blank(_Transfer=[1, 1]), "_Transfer must be one whole number, got [1, 1]"),
 }  # fmt: skip
@@ -291,6 +294,81 @@ def test_chroma_lies_where_the_frames_say(place):
 
     assert off(place) < 0.02
     assert min(off(other) for other in range(6) if other != place) > 0.04
+
+
+def test_what_a_clip_in_rgb_says_of_range_and_chroma_is_how_it_is_written():
+    clip = blank(length=2) + blank(length=2).std.SetFrameProps(_Range=0, _ChromaLocation=2)
+    for frame in noop(clip).frames():
+        assert frame.props["_Range"] == vs.RANGE_FULL and "_ChromaLocation" not in frame.props
+
+
+@pytest.mark.parametrize(
+    ("size", "asked", "before", "after"),
+    [
+        ((36, 28), {"width": 64, "height": 28}, (16, 15), (3, 5)), ((36, 28), {"scale": 3}, (16, 15), (16, 15)),
+        ((720, 576), {"width": 1024, "height": 576}, (16, 15), (3, 4)), ((30, 22), {"scale": 1.3}, (1, 1), (1, 1)),
+        ((30, 22), {"width": 60}, (4, 3), (4, 3)), ((36, 28), {"width": 64, "height": 28}, (0, 1), (0, 1)),
+    ],
+)  # fmt: skip
+def test_pixels_change_their_shape_where_the_picture_does(model, size, asked, before, after):
+    """As VapourSynth's own resizers have it."""
+    source = blank(width=size[0], height=size[1], length=1, _SARNum=before[0], _SARDen=before[1])
+    result = upscale(source, model=model, steps=1, **asked)
+    rgb = source.resize.Point(4 * size[0], 4 * size[1])
+    props = frames.give_back(rgb, source, frames.look_of(source), result.width, result.height).get_frame(0).props
+    assert (props["_SARNum"], props["_SARDen"]) == after
+    if after[0] and after != before:
+        theirs = source.resize.Bicubic(result.width, result.height).get_frame(0).props
+        assert (theirs["_SARNum"], theirs["_SARDen"]) == after
+
+
+def test_a_later_frame_that_should_not_be_restored_is_said_once():
+    lines = []
+    handle = vs.core.add_log_handler(lambda kind, line: lines.append((kind, line)))
+    try:
+        clip = blank(length=8) + blank(length=3, _FieldBased=2) + blank(length=3, _Transfer=16)
+        said = [frame.props["_FieldBased"] for frame in noop(clip).frames()]
+    finally:
+        vs.core.remove_log_handler(handle)
+    assert said == [0] * 14
+    warnings = [line for kind, line in lines if kind == vs.MESSAGE_TYPE_WARNING and "says" in line]
+    assert len(warnings) == 2
+    assert re.match(r"upscale: frame (8|9|10) says _FieldBased=2 \(top field first\), unlike the first;", warnings[0])
+    assert re.match(r"upscale: frame 1[123] says _Transfer=16 \(PQ\), unlike the first;", warnings[1])
+
+
+def test_a_format_nobody_reads_is_refused_beside_another_clip_too(model):
+    first = upscale(blank(), model=model)
+    unread = blank(vs.core.query_video_format(vs.GRAY, vs.INTEGER, 32).id)
+    with pytest.raises(vs.Error, match="upscale: clip must be what resize can read and write, got Gray32: Resize"):
+        upscale(unread, model=model)
+    assert first.num_frames == 3
+
+
+AT_EXIT = """
+import sys, time
+import vapoursynth as vs
+sys.path[:0] = sys.argv[1:2]
+from clips import clip_of, pixels, restored
+from fakes import Fake
+from vsuav.settings import Settings
+
+class Slow(Fake):
+    def window(self, step, frames, *inputs):
+        print("window", flush=True)
+        time.sleep(0.3)
+        return super().window(step, frames, *inputs)
+
+clip, _ = restored(clip_of(pixels(30, 8, 6), ()), Slow(Settings(steps=30)))
+waiting = clip.get_frame_async(15)
+time.sleep(1)
+"""
+
+
+def test_the_end_of_the_program_waits_for_one_task_and_not_for_a_block():
+    words = [sys.executable, "-c", AT_EXIT, str(Path(__file__).parent)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+    assert done.stdout.count("window") in range(2, 9), done.stderr
 
 
 def test_a_gray_clip_stays_gray_and_bits_do_not_get_lost():

@@ -18,7 +18,7 @@ COMMAND_LINE = {"__main__", "commands", "compare", "info", "video"}
 """The rooms of the command line: the only ones that may write to stdout, and only where the user asked for text."""
 
 DOORS = {
-    "vapoursynth": {"frames", "shots", "plugin", "cluster"} | COMMAND_LINE,
+    "vapoursynth": {"frames", "life", "shots", "plugin", "cluster"} | COMMAND_LINE,
     "vsutil": {"frames", "plugin"},
     "dask": {"cluster"},
     "distributed": {"cluster"},

@@ -23,7 +23,7 @@ from vsuav.propagation import blend
 from vsuav.shots import Shots
 from vsuav.store import Store
 from vsuav.tiling import merge
-from vsuav.turns import Cancelled
+from vsuav.turns import Cancelled, leaving
 
 Progress = Callable[[int, int, float], None]
 
@@ -137,7 +137,7 @@ class Engine:
         began = time.monotonic()
         uses.update(key for task in plan.tasks for key in task.reads)
         for done, task in enumerate(plan.tasks, 1):
-            if not alive():
+            if leaving.is_set() or not alive():
                 raise Cancelled("the clip is going away")
             values = self._runs[task.kind](task, held, shots, sources)
             self.counters[task.kind] += 1

@@ -1,7 +1,10 @@
 """VapourSynth clips and frames ↔ tensors: formats, matrices, ranges, frame properties."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import torch
@@ -59,36 +62,55 @@ def check(clip: vs.VideoNode) -> None:
         raise ValueError("clip must have one constant size, got a variable one; resize or split it first")
     if clip.num_frames > LONGEST:
         raise ValueError(f"clip must have at most {LONGEST} frames, got {clip.num_frames}; std.Trim it first")
+    with resized(clip.format):
+        matrix = {"_Matrix": BT709} if clip.format.color_family == vs.YUV else {}
+        blank = vs.core.std.BlankClip(format=clip.format.id, width=64, height=64, length=1).std.SetFrameProps(**matrix)
+        to_rgb(blank, look_from(blank.format, matrix))
 
 
 def look_of(clip: vs.VideoNode) -> Look:
     """The look of a clip, from its first frame, which is converted there and back. Raises as `inspect`."""
     first = download(clip)[0]
     look = look_from(clip.format, first.get_frame(0).props)
+    with resized(clip.format):
+        rgb = to_rgb(first, look)
+        for node in (differences(rgb), give_back(rgb, first, look, clip.width, clip.height)):
+            node.get_frame(0)
+    return look
+
+
+@contextlib.contextmanager
+def resized(format: vs.VideoFormat) -> Iterator[None]:
+    """Raise what VapourSynth's resizer says of a clip of `format` as `inspect` does."""
     try:
-        give_back(to_rgb(first, look), first, look, clip.width, clip.height).get_frame(0)
+        yield
     except vs.Error as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"clip must be what resize can read and write, got {clip.format.name}: {reason}; convert it, or mend its "
+            f"clip must be what resize can read and write, got {format.name}: {reason}; convert it, or mend its "
             "frame properties with clip.std.SetFrameProps"
         ) from None
-    return look
+
+
+def unfit(props: Mapping) -> tuple[str, str] | None:
+    """What a frame's properties say that no frame to be restored may say: ("_Transfer=16", "PQ"), say."""
+    for name, kinds in (("_FieldBased", FIELD_ORDERS), ("_Transfer", HDR_TRANSFERS)):
+        if (value := props.get(name)) in kinds:
+            return f"{name}={int(value)}", kinds[value]
+    return None
 
 
 def look_from(format: vs.VideoFormat, first: Mapping) -> Look:
     """The look of a clip whose first frame has the properties `first`. Raises as `inspect`."""
-    field = code(first, "_FieldBased", 0)
-    if field in FIELD_ORDERS:
+    code(first, "_FieldBased", 0), code(first, "_Transfer", UNSPECIFIED)
+    if said := unfit(first):
+        if said[0].startswith("_FieldBased"):
+            raise ValueError(
+                f"clip must be progressive, got {said[0]} ({said[1]}); deinterlace it first, "
+                "or, if the flag is wrong, clip.std.SetFieldBased(0)"
+            )
         raise ValueError(
-            f"clip must be progressive, got _FieldBased={field} ({FIELD_ORDERS[field]}); deinterlace it first, "
-            "or, if the flag is wrong, clip.std.SetFieldBased(0)"
-        )
-    transfer = code(first, "_Transfer", UNSPECIFIED)
-    if transfer in HDR_TRANSFERS:
-        raise ValueError(
-            f"clip must be standard dynamic range, got _Transfer={transfer} ({HDR_TRANSFERS[transfer]}); "
-            "tone-map it to BT.709 first"
+            f"clip must be standard dynamic range, got {said[0]} ({said[1]}); tone-map it to BT.709 first"
         )
     matrix = None
     if format.color_family == vs.YUV:
@@ -164,14 +186,20 @@ def give_back(rgb: vs.VideoNode, source: vs.VideoNode, look: Look, width: int, h
 
     A change of size is a Spline36 downscale in RGB; integer formats are dithered by error diffusion. What the result
     says of matrix, range and chroma location is how it is written, whatever a frame of `source` says of itself.
+    Pixels become wider or narrower where the size changes the picture's proportions by more than rounding.
     """
+    proportions = Fraction(source.width * height, source.height * width)
+    step = 1 << max(look.format.subsampling_w, look.format.subsampling_h)
+    if abs(width - width * proportions) < step or abs(height - height / proportions) < step:
+        proportions = Fraction(1)
     if (rgb.width, rgb.height) != (width, height):
         rgb = rgb.resize.Spline36(width=width, height=height)
     source = download(source)
     target = look.format
     dither = {"dither_type": "error_diffusion"} if target.sample_type == vs.INTEGER else {}
     if target.id == vs.RGBS and look.full_range:
-        result = vs.core.std.CopyFrameProps(rgb, source).std.SetFrameProps(_Matrix=0)
+        result = vs.core.std.CopyFrameProps(rgb, source).std.RemoveFrameProps(["_ColorRange", "_ChromaLocation"])
+        result = result.std.SetFrameProps(_Matrix=0, _Range=look.range)
     else:
         said = WRITTEN
         places = {"matrix": look.matrix, "chromaloc": look.chroma}
@@ -183,17 +211,21 @@ def give_back(rgb: vs.VideoNode, source: vs.VideoNode, look: Look, width: int, h
         )  # fmt: skip
         result = vs.core.std.CopyFrameProps(vs.core.std.CopyFrameProps(written, source), written, props=said)
     result = result.std.SetFrameProps(_FieldBased=0)
-    return result.std.ModifyFrame(result, _tell)
+    return result.std.ModifyFrame(result, partial(_tell, proportions))
 
 
-def _tell(n: int, f: vs.VideoFrame) -> vs.VideoFrame:
-    """State BT.709 where a frame leaves transfer or primaries open."""
+def _tell(proportions: Fraction, n: int, f: vs.VideoFrame) -> vs.VideoFrame:
+    """State BT.709 where a frame leaves transfer or primaries open, and the pixels' shape where it is another now."""
     open_ones = [name for name in ("_Transfer", "_Primaries") if f.props.get(name, UNSPECIFIED) == UNSPECIFIED]
-    if not open_ones:
+    changes = dict.fromkeys(open_ones, BT709)
+    wide, high = (f.props.get(name, 0) for name in ("_SARNum", "_SARDen"))
+    if proportions != 1 and isinstance(wide, int) and isinstance(high, int) and wide > 0 and high > 0:
+        shape = Fraction(wide, high) * proportions
+        changes |= {"_SARNum": shape.numerator, "_SARDen": shape.denominator}
+    if not changes:
         return f
     told = f.copy()
-    for name in open_ones:
-        told.props[name] = BT709
+    told.props.update(changes)
     return told
 
 

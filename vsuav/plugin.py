@@ -11,8 +11,6 @@ No callback ever waits for a frame: everything a callback reads is an input of i
 """
 
 import functools
-import threading
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -25,6 +23,7 @@ from vsuav import frames
 from vsuav.disk import Disk
 from vsuav.engine import Engine, Missing
 from vsuav.ensemble import ORIENTATIONS, Orientation
+from vsuav.life import Life, lives_here
 from vsuav.networks import NetworkError, Networks, choose
 from vsuav.plan import evidence_span
 from vsuav.progress import Progress
@@ -128,7 +127,8 @@ def upscale(
 
     Returns:
         A clip of the same length, rate and format, with the frame properties of `clip`. Matrix, range and chroma
-        location are the first frame's throughout, and each frame says them.
+        location are the first frame's throughout, and each frame says them. Values beyond the format's black and white
+        are clipped. Where the size asked for changes the picture's shape, the shape of its pixels makes up for it.
 
     Raises:
         vs.Error: an argument or the clip cannot be used; one line that says what would work.
@@ -161,7 +161,7 @@ def look_now(clip: vs.VideoNode) -> frames.Look | None:
         ValueError: the clip cannot be restored; one line.
     """
     frames.check(clip)
-    return None if _lives_here() else frames.look_of(clip)
+    return None if lives_here() else frames.look_of(clip)
 
 
 def finished(
@@ -283,7 +283,7 @@ class Restorer:
         """A clip as long as the source whose frame n, once made, has put the record of n among the records."""
         blank = self._blank.std.Loop(self._length)
         inputs = [blank, frames.differences(self._rgb)] + ([self._rgb] if self.engine.disk else [])
-        evidence = blank.std.ModifyFrame(inputs, functools.partial(_record, self._records))
+        evidence = blank.std.ModifyFrame(inputs, functools.partial(_record, self._records, self._life.doubt))
         evidence.std.SetVideoCache(mode=0)  # a cached frame would bring no record
         return evidence
 
@@ -359,7 +359,9 @@ def evidence(n: int, props: Mapping[str, Any], digest: bytes | None = None) -> R
     )
 
 
-def _record(records: Records, n: int, f: list) -> vs.VideoFrame:
+def _record(records: Records, doubt: Callable[[str, str], None], n: int, f: list) -> vs.VideoFrame:
+    if said := frames.unfit(f[1].props):
+        doubt(said[0], f"frame {n} says {said[0]} ({said[1]}), unlike the first; it is taken for one like that")
     digest = None
     if len(f) > 2:
         digest = blake2b(f"{f[2].width}x{f[2].height}".encode(), digest_size=16)
@@ -390,60 +392,6 @@ def _name(frame: int) -> str:
 
 def _hand_out(n: int, f: vs.VideoFrame) -> vs.VideoFrame:
     return f.props[_name(n)]
-
-
-_lives: weakref.WeakSet["Life"] = weakref.WeakSet()
-
-
-def _lives_here() -> bool:
-    """Whether a restored clip of this script is still there, which another clip may come from."""
-    here = vs.get_current_environment()
-    return any(life.environment == here for life in list(_lives))
-
-
-class Life:
-    """Whether the script a clip belongs to still lives, and its log. Made while the script's environment is active."""
-
-    def __init__(self):
-        self.environment = vs.get_current_environment()
-        self._stopped = threading.Event()
-        vs.register_on_destroy(functools.partial(_stop, weakref.ref(self)))
-        _lives.add(self)
-
-    def watch(self) -> Callable[[], bool]:
-        """Whether a request that comes now is still wanted, to be asked again and again.
-
-        It is not once the environment is being destroyed, or its outputs, there when the request came, were cleared.
-        """
-        shown = self._shown()
-        return lambda: not self._stopped.is_set() and self.environment.alive and (not shown or self._shown())
-
-    def _shown(self) -> bool:
-        if not self.environment.alive:
-            return False
-        with self.environment.use():
-            return bool(vs.get_outputs())
-
-    def warn(self, line: str) -> None:
-        """Write a line to VapourSynth's log."""
-        self._log(vs.MESSAGE_TYPE_WARNING, line)
-
-    def inform(self, line: str) -> None:
-        """Write a line to VapourSynth's log, as information."""
-        self._log(vs.MESSAGE_TYPE_INFORMATION, line)
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def _log(self, kind: vs.MessageType, line: str) -> None:
-        if self.environment.alive:
-            with self.environment.use():
-                vs.core.log_message(kind, f"upscale: {line}")
-
-
-def _stop(life: weakref.ref) -> None:
-    if (living := life()) is not None:
-        living.stop()
 
 
 __all__ = ["Restorer", "upscale"]

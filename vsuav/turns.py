@@ -135,6 +135,8 @@ def give_back_memory(idle: bool) -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+leaving = threading.Event()
+"""Set when the interpreter ends: the job at hand is to end with its task."""
 _workers: dict[str, Worker] = {}
 _workers_lock = threading.Lock()
 
@@ -148,8 +150,9 @@ def worker(device: str) -> Worker:
 
 
 @atexit.register
-def stop_workers() -> None:
-    """Stop every worker's thread."""
+def leave() -> None:
+    """Stop every worker's thread, for good."""
+    leaving.set()
     with _workers_lock:
         workers = list(_workers.values())
     for each in workers:
