@@ -12,8 +12,8 @@ TEXT = {"subrip", "ass", "webvtt", "mov_text", "text"}
 """Subtitles that are text."""
 SUBTITLES_OF = {".mkv": "subrip", ".mp4": "mov_text", ".mov": "mov_text", ".webm": "webvtt"}
 """Container -> what text subtitles become that it does not take as they are."""
-PICTURES = {"dvb_subtitle", "dvd_subtitle", "hdmv_pgs_subtitle", "hdmv_text_subtitle", "arib_caption"}
-"""Other subtitles that Matroska takes."""
+PICTURES = {"dvb_subtitle", "dvd_subtitle", "hdmv_pgs_subtitle"}
+"""Subtitles that are pictures."""
 SOUND_OF = {
     ".mkv": {
         "aac", "ac3", "adpcm_ima_wav", "adpcm_ms", "alac", "amr_nb", "amr_wb", "atrac3", "cook", "dts", "eac3", "flac",
@@ -54,7 +54,7 @@ def carried_over(streams, suffix: str) -> Carried:
             options += ["-metadata:s:v:0", f"{name}={picture.metadata[name]}"]
     starts, lost, counts = [], [], Counter()
     for stream in streams:
-        if stream.index == picture.index:
+        if stream.index == picture.index or "all" in str(getattr(stream, "discard", "")):  # titles of chapters
             continue
         codec = stream.codec_context.codec.canonical_name if stream.codec_context else "unknown"
         if why := _obstacle(stream, codec, suffix):
@@ -90,11 +90,10 @@ def _obstacle(stream, codec: str, suffix: str) -> str | None:
         return f"video {stream.index}: only the first video of a file is restored"
     if stream.type == "audio" and codec == "unknown":
         return f"sound {stream.index}: ffmpeg does not know its codec"
-    if stream.type == "subtitle" and codec not in TEXT:
-        if suffix != ".mkv":
-            return f"subtitles {stream.index} ({codec}): only .mkv takes subtitles that are pictures"
-        if codec not in PICTURES:
-            return f"subtitles {stream.index} ({codec}): .mkv does not take them"
+    if stream.type == "subtitle" and codec in PICTURES and suffix != ".mkv":
+        return f"subtitles {stream.index} ({codec}): only .mkv takes subtitles that are pictures"
+    if stream.type == "subtitle" and codec not in PICTURES | TEXT:
+        return f"subtitles {stream.index} ({codec}): {suffix} does not take them"
     if stream.type == "attachment" and suffix != ".mkv":
         return f"attachment {stream.index}: only .mkv takes attachments"
     if stream.type not in KINDS:

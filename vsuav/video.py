@@ -34,6 +34,8 @@ DEFAULT_ENCODER = ("-c:v", "libx265", "-crf", "14", "-preset", "medium", "-x265-
 CHROMA_LOCATIONS = ("left", "center", "topleft", "top", "bottomleft", "bottom")
 FINER_CHROMA = {(0, 1): (0, 0), (2, 0): (1, 0), (2, 2): (1, 1)}
 """Subsampling (4:4:0, 4:1:1, 4:1:0) that NUT or encoders do not know with 10 bits -> what holds it."""
+SLIVER = Fraction(1, 1250)
+"""Seconds: no chapter of which a part shows less, because it ends where the part begins or begins where it ends."""
 FILTERS, PACKET_FILTERS = ("-vf", "-filter:v", "-filter:v:0"), ("-bsf:v", "-bsf:v:0")
 """ffmpeg's names for options of which the last one given counts alone."""
 
@@ -117,28 +119,29 @@ def open_video(path: Path) -> Video:
     cut = 0 < width - clip.width < 4 or 0 < height - clip.height < 4
     lost = [f"the edge of the picture: {width}x{height} is cut to {clip.width}x{clip.height}"] if cut else []
     rate, base, millisecond = Fraction(clip.fps) or Fraction(25), Fraction(1, 100_000), Fraction(1, 1000)
+    last = last if last and last > 0 else 1 / rate
     if ticks is None:
-        begins, base, ticks = begins - start, 1 / rate, range(len(clip))
+        begins, base, ticks, last = begins - start, 1 / rate, range(len(clip)), 1 / rate
     elif all(abs((tick - ticks[0]) * base - n / rate) <= millisecond for n, tick in enumerate(ticks)):
         # constant, but for the rounding of the container: count frames, and let `begins` carry the offset
         begins, base, ticks = begins - ticks[0] * base, 1 / rate, range(len(ticks))
-    if not last or abs(last - 1 / rate) <= millisecond:
-        last = 1 / rate
+        last = 1 / rate if abs(last - 1 / rate) <= millisecond else last
     return Video(path, clip, ticks, base, begins, shape, last, lost)
 
 
 def _shown_last(container: av.container.InputContainer, stream: av.VideoStream) -> Fraction | None:
     """Seconds for which a file says that its last frame is shown."""
     with contextlib.suppress(av.FFmpegError, StopIteration):
-        first = next(packet for packet in container.demux(stream) if packet.pts is not None)
+        first = next(container.demux(stream))
         with contextlib.suppress(av.FFmpegError):  # else all packets are read
             container.seek(2**62, stream=stream)
         packets = [packet for packet in container.demux(stream) if packet.pts is not None and packet.duration]
-        shown = max(packets, key=lambda packet: packet.pts, default=first)
-        end = shown.pts + (shown.duration or 0)
-        if None not in (first.dts, *(packet.dts for packet in packets)):  # durations are of the order of decoding
-            end = max((packet.dts + packet.duration for packet in packets), default=0) + first.pts - first.dts
-        return max(end - shown.pts, 0) * stream.time_base
+        if packets:
+            shown = max(packets, key=lambda packet: packet.pts)
+            if "mp4" not in container.format.name:
+                return shown.duration * stream.time_base
+            end = max(packet.dts + packet.duration for packet in packets)  # MP4 tells how long frames are decoded
+            return (end + first.pts - first.dts - shown.pts) * stream.time_base
     return None
 
 
@@ -153,15 +156,16 @@ def _decoded(path: Path) -> tuple[vs.VideoNode, list[int] | None]:
                 raise
             return vs.core.bs.VideoSource(str(path), apply_rotation=True), None
         ticks = [round(float(line) * 100) for line in times.read_text().splitlines() if not line.startswith("#")]
-        return clip, _rising(ticks, round(100_000 / (clip.fps or 25)))
+        return clip, _rising(ticks)
 
 
-def _rising(ticks: Sequence[int], step: int) -> list[int]:
-    """`ticks`, which from a place where they do not rise (a transport stream starts again) go on after one `step`."""
-    risen, moved = [], 0
+def _rising(ticks: Sequence[int]) -> list[int]:
+    """`ticks`; where they do not rise, for a transport stream starts again, they go on in step with those before."""
+    risen, moved, step = [], 0, 1
     for tick in ticks:
         if risen and tick + moved <= risen[-1]:
             moved = risen[-1] + step - tick
+        step = tick + moved - risen[-1] if risen else step
         risen.append(tick + moved)
     return risen
 
@@ -323,7 +327,8 @@ class Writer:
         return [
             imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-loglevel", "error", "-y",
             "-itsoffset", _seconds(self._video.time(self._span.start)), "-f", "nut", "-i", "pipe:0", *self._input,
-            "-map", "0:v:0", *self._options, "-fps_mode", "passthrough",
+            "-itsoffset", _seconds(-SLIVER if cut else Fraction(0)), "-i", str(self._video.path),
+            "-map", "0:v:0", *self._options, "-map_chapters", "2", "-fps_mode", "passthrough",
             "-enc_time_base", f"{base.numerator}/{base.denominator}", "-pix_fmt", self._size[2],
             *tag_of(encoder, self._target.suffix.lower()), *encoder, *cut, str(part),
         ]  # fmt: skip
@@ -332,7 +337,8 @@ class Writer:
         """ffmpeg's options that leave out what lies before and after the span."""
         if len(self._span) == len(self._video.ticks):
             return []
-        end = self._video.time(self._span[-1]) + self._video.duration(self._span[-1])
+        shown = self._video.duration(self._span[-1])
+        end = self._video.time(self._span[-1]) + max(shown - 2 * SLIVER, shown / 2)
         return ["-ss", _seconds(self._video.time(self._span.start)), "-to", _seconds(end)]
 
     def _ending(self, last: Fraction, cut: bool) -> str:
