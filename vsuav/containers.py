@@ -33,6 +33,9 @@ SOUND_AGAIN = {
 KINDS = {"audio": "a", "subtitle": "s", "attachment": "t"}
 """Type of a stream -> ffmpeg's letter for it, for what is carried over."""
 
+DISCARDED = 48
+"""What FFmpeg itself has read already: a track with the titles of chapters."""
+
 
 @dataclass(frozen=True)
 class Carried:
@@ -54,7 +57,7 @@ def carried_over(streams, suffix: str) -> Carried:
             options += ["-metadata:s:v:0", f"{name}={picture.metadata[name]}"]
     starts, lost, counts = [], [], Counter()
     for stream in streams:
-        if stream.index == picture.index or "all" in str(getattr(stream, "discard", "")):  # titles of chapters
+        if stream.index == picture.index or getattr(stream, "discard", None) == DISCARDED:
             continue
         codec = stream.codec_context.codec.canonical_name if stream.codec_context else "unknown"
         if why := _obstacle(stream, codec, suffix):
