@@ -203,6 +203,61 @@ def test_ctrl_c_leaves_a_state_that_the_same_command_goes_on_from(folder, restor
     assert pictures(target) == pictures(restored)
 
 
+def test_files_of_others_stay(folder, run, tmp_path):
+    """An INPUT that is named like a part of OUTPUT, and files in the folder that latents are kept in."""
+    source, target = tmp_path / "m.part.mkv", tmp_path / "m.mkv"
+    source.write_bytes((folder / "cfr.mp4").read_bytes())
+    (tmp_path / "m.mkv.vsuav").mkdir()
+    (tmp_path / "m.mkv.vsuav" / "own.txt").write_text("mine")
+    arguments = ["restore", source, target, "--model", folder / "model", "--end", "0.1"]
+    assert run(*arguments, "--", "-c:v", "absent")[0] == 1
+    for more in ([], ["-y", "--cache-dir", tmp_path / "keep"]):
+        code, said, _ = run(*arguments, *more, *LOSSLESS)
+        assert code == 0, said
+        assert source.read_bytes() == (folder / "cfr.mp4").read_bytes() and look(target)["size"] == (128, 96)
+        assert [path.name for path in (tmp_path / "m.mkv.vsuav").iterdir()] == ["own.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"m.part.mkv", "m.mkv", "m.mkv.vsuav", "keep"}
+
+
+def test_a_second_run_to_the_same_output_is_refused(folder, run, tmp_path):
+    from vsuav.commands import kept_latents
+    from vsuav.parts import alone
+
+    target = tmp_path / "new.mkv"
+    arguments = ["restore", folder / "cfr.mp4", target, "--model", folder / "model", "--end", "0.1", *LOSSLESS]
+    with alone(target, kept_latents(target)):
+        code, said, _ = run(*arguments)
+        assert code == 1 and said.count("\n") == 1 and "is being written by another run" in said
+        assert run(*arguments[:4], "--cache-dir", tmp_path / "keep", *arguments[4:])[0] == 1
+    assert run(*arguments)[0] == 0
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_changes_its_size_or_has_an_odd_one(folder, run, tmp_path):
+    for n, size in enumerate(("32x24", "48x32")):
+        ffmpeg("-f", "lavfi", "-i", f"testsrc2=s={size}:d=0.2", "-c:v", "mpeg2video", "-output_ts_offset", 0.2 * n,
+               tmp_path / f"{n}.ts")  # fmt: skip
+    source = tmp_path / "both.ts"
+    source.write_bytes((tmp_path / "0.ts").read_bytes() + (tmp_path / "1.ts").read_bytes())
+    code, said, _ = run("info", source)
+    assert code == 1 and said.count("\n") == 1 and "clip must have one constant size" in said
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=48x48:d=0.04", "-vf", "scale=33:25", "-c:v", "ffv1", "-pix_fmt", "yuv420p",
+           tmp_path / "odd.mkv")  # fmt: skip
+    code, said, _ = run("restore", tmp_path / "odd.mkv", tmp_path / "o.mkv", "--model", folder / "model", *LOSSLESS)
+    assert code == 0 and "left out: the edge of the picture: 33x25 is cut to 32x24" in said
+
+
+@pytest.mark.parametrize("text", ["\ufeff0 a street\n9 a cat", "0\ta street\n9 \t a cat\n", "0 a street\n  9 a cat  "])
+def test_prompts_as_editors_write_them(text, tmp_path):
+    from vsuav.commands import read_prompts
+
+    (tmp_path / "prompts.txt").write_text(text, encoding="utf-8")
+    assert read_prompts(tmp_path / "prompts.txt") == [(0, "a street"), (9, "a cat")]
+    (tmp_path / "prompts.txt").write_text("\u00b2 blur", encoding="utf-8")
+    with pytest.raises(video.MediaError, match="line 1: a line is a frame number and a text, got '\u00b2 blur'"):
+        read_prompts(tmp_path / "prompts.txt")
+
+
 def test_settings_and_prompts_reach_upscale(folder, run, tmp_path, monkeypatch):
     from vsuav import commands
 
@@ -259,6 +314,8 @@ def test_times(text, value):
         (["vfr.mkv", "out.mkv", "--model", "absent"], "model folder absent does not exist"),
         (["vfr.mkv", "out.mkv", "--prompts", "absent.txt"], "cannot read the prompts"),
         (["vfr.mkv", "out.mkv", "--model", "model", "--", "-c:v", "absent"], "ffmpeg could not write"),
+        (["vfr.mkv", "out.webm", "--model", "model"], "ffmpeg could not write"),
+        ([os.fsdecode(b"\xff.mkv"), "out.mkv"], "no such file"),
     ],
 )
 def test_errors_are_one_line(folder, run, monkeypatch, arguments, says):
