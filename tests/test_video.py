@@ -1,6 +1,7 @@
 """Files that are opened and written again without a model: times, colours, shapes, and what is left when it fails."""
 
 import contextlib
+import re
 import signal
 from fractions import Fraction
 from pathlib import Path
@@ -258,3 +259,12 @@ def test_stopping_while_the_encoder_finishes_leaves_no_process_and_no_part(tmp_p
             running.append(process.read_bytes())
     assert running and not any(bytes(writer.part) in line for line in running)
     assert [path.name for path in tmp_path.iterdir()] == ["in.mkv"]
+
+
+@pytest.mark.parametrize("page", ["docs/getting-started.md", "scripts/restore.vpy"])
+def test_the_pipe_that_is_shown_tags_what_y4m_does_not(page, tmp_path):
+    shown = re.search(r"-vf (setparams=\S+)", (Path(__file__).parents[1] / page).read_text())[1]
+    ffmpeg(*PICTURE, "-pix_fmt", "yuv420p", tmp_path / "pipe.y4m")
+    ffmpeg("-i", tmp_path / "pipe.y4m", "-vf", shown, tmp_path / "new.mkv")
+    seen = look(tmp_path / "new.mkv")
+    assert (seen["colour"][0], seen["shape"]) == (6, Fraction(4, 3))
