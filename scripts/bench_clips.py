@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from math import log10
 from multiprocessing import get_context
@@ -105,9 +106,17 @@ def _fill(pixels: np.ndarray, n: int, f: vs.VideoFrame) -> vs.VideoFrame:
 
 
 def drain(clip: vs.VideoNode) -> None:
-    """Ask for every frame once, in order and ahead, as an encoder does."""
-    for _ in clip.frames(close=True, collect_garbage=False):
-        pass
+    """Ask for every frame once, in order and ahead, as an encoder does.
+
+    VapourSynth's own iterator may end with a search for garbage that takes longer than many small frames.
+    """
+    waiting: deque[Future[vs.VideoFrame]] = deque()
+    for n in range(clip.num_frames):
+        waiting.append(clip.get_frame_async(n))
+        if len(waiting) > vs.core.num_threads:
+            waiting.popleft().result().close()
+    for frame in waiting:
+        frame.result().close()
 
 
 @contextlib.contextmanager

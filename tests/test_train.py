@@ -113,6 +113,18 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(data, tmp_path, stage)
         assert torch.equal(value, resumed[name]), name
 
 
+def test_a_resumed_runs_log_goes_on_where_it_was(data, tmp_path):
+    """Rows that the break falls into have all their batches; only the seconds begin again."""
+    rows = {}
+    for name, stops in (("whole", [None]), ("broken", [2, None])):
+        for number, stop in enumerate(stops):
+            train("unet", config(), data, tmp_path / name, stop=stop, log_every=3, resume=number > 0)
+        lines = [line.split(",") for line in (tmp_path / name / "unet.csv").read_text().splitlines()]
+        place = lines[0].index("seconds")
+        rows[name] = [line[:place] + line[place + 1 :] for line in lines]
+    assert rows["broken"] == rows["whole"] and len(rows["whole"]) > 1
+
+
 @pytest.mark.parametrize("stage", ["vae", "unet", "temporal", "whole", "vae_video", "vae_image", "enlarger", "trust"])
 def test_only_what_a_stage_trains_moves(data, tmp_path, stage):
     settings = config()
