@@ -237,22 +237,30 @@ def test_an_encoder_that_does_not_fit_is_found_before_frames_are_written(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["in.mkv"]
 
 
-def test_stopping_while_the_encoder_finishes_leaves_no_process_and_no_part(tmp_path):
-    """The filter makes the encoder take hours for what it has been given already."""
-    ffmpeg(*PICTURE, *CODED, tmp_path / "in.mkv")
+@pytest.mark.parametrize("frames", [12, 300], ids=["finishing", "writing"])
+def test_stopping_is_noticed_once_and_leaves_no_process_and_no_part(frames, tmp_path):
+    """The filter makes the encoder take hours for what it has been given: a few frames wait in it, many in the pipe."""
+    ffmpeg(*PICTURE, "-vf", "scale=160:120", *CODED, tmp_path / "in.mkv")
     opened = video.open_video(tmp_path / "in.mkv")
     clip = video.ten_bit(opened.clip)
     slow = ["-c:v", "ffv1", "-vf", "realtime=limit=1000:speed=0.0001"]
     writer = video.Writer(clip, opened, range(len(clip)), tmp_path / "out.mkv", slow)
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    stops = []
+
+    def stop(*_):
+        stops.append(1)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
     try:
         with pytest.raises(KeyboardInterrupt), writer:
-            for n, frame in enumerate(clip.frames(close=True)):
-                writer.write(n, frame)
-            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
+            for n in range(frames):
+                writer.write(n % 12, clip.get_frame(n % 12))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    assert len(stops) == 1
     running = []
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):

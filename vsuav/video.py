@@ -376,10 +376,14 @@ class Writer:
 
 
 class _Nut:
-    """Raw video with timestamps, into a file that cannot seek."""
+    """Raw video with timestamps, into a file that cannot seek.
+
+    PyAV writes into memory: a Ctrl-C that comes while PyAV waits for a pipe would be lost.
+    """
 
     def __init__(self, file, size: tuple[int, int, str], rate: Fraction, time_base: Fraction):
-        self._container = av.open(_Pipe(file), "w", format="nut")
+        self._file, self._written = file, io.BytesIO()
+        self._container = av.open(_Forwards(self._written), "w", format="nut")
         self._stream = self._container.add_stream("rawvideo", rate=rate)
         self._stream.width, self._stream.height, self._stream.pix_fmt = size
         self._stream.time_base = self._stream.codec_context.time_base = self._time_base = time_base
@@ -390,16 +394,24 @@ class _Nut:
         packet.pts = packet.dts = tick
         packet.is_keyframe = True
         self._container.mux(packet)
+        self._pass_on()
 
     def close(self) -> None:
         self._container.close()
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        with self._written.getbuffer() as written:
+            self._file.write(written)
+        self._written.seek(0)
+        self._written.truncate()
 
 
-class _Pipe:
-    """What PyAV may do with a file that it writes from the beginning to the end."""
+class _Forwards:
+    """A file that is written from the beginning to the end."""
 
     def __init__(self, file):
-        self.write, self.flush = file.write, file.flush
+        self.write = file.write
 
     def seekable(self) -> bool:
         return False
