@@ -96,7 +96,7 @@ class Bar:
 )
 def restore(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="Any video file ffmpeg reads.")],
-    target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The suffix names the container; .mkv takes all.")],
+    target: Annotated[Path, typer.Argument(metavar="OUTPUT", help=".mkv, which takes all, .mp4, .mov or .webm.")],
     encoder: Annotated[
         list[str] | None,
         typer.Argument(metavar="[-- ENCODER OPTIONS]", help="For ffmpeg, instead of -c:v libx265 -crf 14 (10 bit)."),

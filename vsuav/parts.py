@@ -88,11 +88,16 @@ def alone(target: Path, folder: Path) -> Iterator[Callable[[Path], None]]:
         raise MediaError(f"{target} is being written by another run; wait for it, or choose another OUTPUT") from None
     except OSError as error:
         raise MediaError(f"{folder} must be a folder that can be written: {error.strerror}") from None
+
+    def note(part: Path) -> None:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, part.name.encode(), 0)
+
     try:
         left = os.pread(descriptor, 100, 0).decode(errors="replace")
         if NAME.fullmatch(left):
             target.with_name(left).unlink(missing_ok=True)
-        yield lambda part: os.pwrite(descriptor, part.name.encode(), 0) and os.ftruncate(descriptor, len(part.name))
+        yield note
     finally:
         (folder / LOCK).unlink(missing_ok=True)
         os.close(descriptor)

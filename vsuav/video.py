@@ -125,7 +125,7 @@ def open_video(path: Path) -> Video:
     elif all(abs((tick - ticks[0]) * base - n / rate) <= millisecond for n, tick in enumerate(ticks)):
         # constant, but for the rounding of the container: count frames, and let `begins` carry the offset
         begins, base, ticks = begins - ticks[0] * base, 1 / rate, range(len(ticks))
-        last = 1 / rate if abs(last - 1 / rate) <= millisecond else last
+        last = last if last > 1 / rate + millisecond else 1 / rate
     return Video(path, clip, ticks, base, begins, shape, last, lost)
 
 
@@ -254,11 +254,12 @@ class Writer:
 
     def check(self) -> None:
         """Write the beginning of the file, with a frame of zeros, and remove it. Raises MediaError if that fails."""
-        file, part = io.BytesIO(), self._new_part()
+        file = io.BytesIO()
         nut = _Nut(file, self._size, self._rate, self._video.time_base)
         planes = VideoFormat(self._size[2], *self._size[:2]).components
         nut.write(bytes(sum(plane.width * plane.height * -(-plane.bits // 8) for plane in planes)), 0)
         nut.close()
+        part = self._new_part()
         try:
             *command, name = self._command(part, {}, [])
             done = subprocess.run([*command, "-fs", "1", name], input=file.getvalue(), capture_output=True)
@@ -320,21 +321,21 @@ class Writer:
         self._nut = _Nut(self._process.stdin, self._size, self._rate, self._video.time_base)
 
     def _command(self, part: Path, props: Mapping[str, Any], cut: Sequence[str]) -> list[str]:
-        base, encoder = _fine(self._video.time_base), list(self._encoder)
-        encoder = _joined(FILTERS, colour_filter(props, self._shape), encoder)
+        base = _fine(self._video.time_base)
+        encoder = _joined(FILTERS, colour_filter(props, self._shape), self._encoder)
         if (last := self._video.duration(self._span[-1])) != 1 / self._rate:
             encoder = _joined(PACKET_FILTERS, self._ending(last, bool(cut)), encoder)
         return [
             imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-loglevel", "error", "-y",
             "-itsoffset", _seconds(self._video.time(self._span.start)), "-f", "nut", "-i", "pipe:0", *self._input,
-            "-itsoffset", _seconds(-SLIVER if cut else Fraction(0)), "-i", str(self._video.path),
-            "-map", "0:v:0", *self._options, "-map_chapters", "2", "-fps_mode", "passthrough",
+            *(["-itsoffset", _seconds(-SLIVER), "-i", str(self._video.path)] if cut else []),
+            "-map", "0:v:0", *self._options, *(["-map_chapters", "2"] if cut else []), "-fps_mode", "passthrough",
             "-enc_time_base", f"{base.numerator}/{base.denominator}", "-pix_fmt", self._size[2],
             *tag_of(encoder, self._target.suffix.lower()), *encoder, *cut, str(part),
         ]  # fmt: skip
 
     def _cut(self) -> list[str]:
-        """ffmpeg's options that leave out what lies before and after the span."""
+        """ffmpeg's options that leave out what lies before and after the span, a sliver less than that at its end."""
         if len(self._span) == len(self._video.ticks):
             return []
         shown = self._video.duration(self._span[-1])
