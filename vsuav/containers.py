@@ -33,9 +33,6 @@ SOUND_AGAIN = {
 KINDS = {"audio": "a", "subtitle": "s", "attachment": "t"}
 """Type of a stream -> ffmpeg's letter for it, for what is carried over."""
 
-DISCARDED = 48
-"""What FFmpeg itself has read already: a track with the titles of chapters."""
-
 
 @dataclass(frozen=True)
 class Carried:
@@ -57,7 +54,7 @@ def carried_over(streams, suffix: str) -> Carried:
             options += ["-metadata:s:v:0", f"{name}={picture.metadata[name]}"]
     starts, lost, counts = [], [], Counter()
     for stream in streams:
-        if stream.index == picture.index or getattr(stream, "discard", None) == DISCARDED:
+        if stream.index == picture.index or _titles(stream):
             continue
         codec = stream.codec_context.codec.canonical_name if stream.codec_context else "unknown"
         if why := _obstacle(stream, codec, suffix):
@@ -83,6 +80,11 @@ def tag_of(encoder: Sequence[str], suffix: str) -> list[str]:
     """Options that have ffmpeg call H.265 in MP4 what Apple's players want it to be called."""
     hevc = any(word == "libx265" or word.startswith("hevc") for word in encoder)
     return ["-tag:v", "hvc1"] if hevc and suffix in (".mp4", ".mov") else []
+
+
+def _titles(stream) -> bool:
+    """Whether a stream is only the titles of a MOV's chapters, which are carried over as chapters."""
+    return stream.type == "data" and stream.name == "bin_data" and 0 < stream.frames == len(stream.container.chapters())
 
 
 def _obstacle(stream, codec: str, suffix: str) -> str | None:
