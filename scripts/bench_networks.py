@@ -119,7 +119,8 @@ def ways(product: Product, left: Tensor, right: Tensor) -> Iterator[tuple[str, C
     """The ways of computing a product, each in the memory it likes best; all give the same.
 
     Convolutions in both memory layouts, one over time also as a 2-D one over (time, pixels), one over three frames also
-    as a 2-D one of all their channels, one of single pixels also as a matrix product; matrix products with the right matrix in both orders, and by oneDNN's linear layer.
+    as a 2-D one of all their channels, one of single pixels also as a matrix product; matrix products with the right
+    matrix in both orders, and by oneDNN's linear layer.
     """
     if product.kind == "batched product":
         turned = right.transpose(1, 2).contiguous().transpose(1, 2)

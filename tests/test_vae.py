@@ -258,7 +258,10 @@ def test_no_attention_where_it_is_left_out():
         ({"shift_factor": 0.1}, "unknown setting shift_factor = 0.1"),
         ({"up_block_types": ["UpDecoderBlock3D"] * 2}, "one entry for each of the 3"),
         ({"mid_block_layers": 0}, "mid_block_layers must be at least 1, got 0"),
-        ({"enlarger_channels": 8}, "enlarger_channels needs bicubic_skip and num_class_embeds, got 8 with False and None"),
+        (
+            {"enlarger_channels": 8},
+            "enlarger_channels needs bicubic_skip and num_class_embeds, got 8 with False and None",
+        ),
         ({"enlarger_meeting": 4}, "enlarger_meeting 4 needs enlarger_channels, got None"),
         ({"up_block_types": ["UpDecoderBlock4D"] * 3}, "unknown block type 'UpDecoderBlock4D'; known: UpDec"),
     ],
