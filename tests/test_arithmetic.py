@@ -12,7 +12,7 @@ from torch import backends
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vsuav import operators, upscale
-from vsuav.arithmetic import CPU_SWITCHES, CUDA_PRECISIONS, CUDA_SWITCHES, exact_arithmetic, held, precision
+from vsuav.arithmetic import ATTENTIONS, CUDA_PRECISIONS, CUDA_SWITCHES, all_held, exact_arithmetic, held, precision
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration")
 
@@ -85,6 +85,7 @@ def test_nor_does_another_filter_that_turns_switches_meanwhile(wanted, name):
                 time.sleep(0.003)
             time.sleep(0.003)
 
+    before = switches()
     thread = threading.Thread(target=other)
     thread.start()
     try:
@@ -92,19 +93,29 @@ def test_nor_does_another_filter_that_turns_switches_meanwhile(wanted, name):
     finally:
         stop.set()
         thread.join()
+    assert switches() == before  # it was not turned back by us after the other had put it right
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_switch_is_right_inside_and_as_it_was_afterwards(device):
+def switches() -> list[bool]:
+    """Of torch for the whole process, those that other filters turn around calls of their own."""
+    return [torch._C._get_mkldnn_enabled(), *(read() for read, _, _ in ATTENTIONS)]
+
+
+@pytest.mark.parametrize("group", ["a GPU's", "attention's"])
+def test_every_switch_is_right_inside_and_as_it_was_afterwards(group):
+    context, all_of = {
+        "a GPU's": (lambda: exact_arithmetic("cuda"), CUDA_SWITCHES),
+        "attention's": (lambda: all_held(ATTENTIONS), ATTENTIONS),
+    }[group]
     flipped = []
-    for read, write, right in CPU_SWITCHES if device == "cpu" else CUDA_SWITCHES:
+    for read, write, right in all_of:
         with contextlib.suppress(AttributeError):  # not in every torch
             flipped += [(read, write, right[0])] if isinstance(read(), bool) else []
     assert len(flipped) > 1
     with contextlib.ExitStack() as stack:
         for read, write, right in flipped:
             stack.enter_context(turned(read, write, not right))
-        with exact_arithmetic(device):
+        with context():
             assert [read() for read, _, _ in flipped] == [right for _, _, right in flipped]
         assert [read() for read, _, _ in flipped] == [not right for _, _, right in flipped]
 

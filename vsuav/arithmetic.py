@@ -1,7 +1,7 @@
 """Arithmetic that is the same in every run, whatever a script has told torch."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,6 @@ def attribute(owner: object, name: str, *right: Any) -> Switch:
 
 
 # What this torch has not is left out when it is read.
-CPU_SWITCHES: tuple[Switch, ...] = (
-    (lambda: torch._C._get_mkldnn_enabled(), lambda on: torch._C._set_mkldnn_enabled(on), (True,)),
-    attribute(backends.mkldnn, "deterministic", False),
-)
 CUDA_SWITCHES: tuple[Switch, ...] = (
     attribute(backends.cuda.matmul, "allow_tf32", False),
     attribute(backends.cuda.matmul, "allow_fp16_accumulation", False),
@@ -33,11 +29,15 @@ CUDA_SWITCHES: tuple[Switch, ...] = (
     attribute(backends.cudnn, "benchmark", False),
     attribute(backends.cudnn, "deterministic", True),
     attribute(backends.cudnn, "allow_tf32", False),
+)
+ATTENTIONS: tuple[Switch, ...] = (
     (backends.cuda.flash_sdp_enabled, backends.cuda.enable_flash_sdp, (True,)),
     (backends.cuda.mem_efficient_sdp_enabled, backends.cuda.enable_mem_efficient_sdp, (True,)),
     (backends.cuda.math_sdp_enabled, backends.cuda.enable_math_sdp, (True,)),
     (backends.cuda.cudnn_sdp_enabled, backends.cuda.enable_cudnn_sdp, (True,)),
 )
+"""Which kinds of attention torch may choose from on a GPU. Other filters turn these around calls of their own, so they
+are held for no longer than a call: put back later, they could be put back to what another filter has left since."""
 CPU_PRECISIONS = ("mkldnn", "matmul"), ("mkldnn", "conv")
 CUDA_PRECISIONS = ("cuda", "matmul"), ("cudnn", "conv")
 """Where torch 2.9 and later say what float32 numbers are multiplied as."""
@@ -74,17 +74,21 @@ def precision(backend: str, operation: str) -> Switch:
 
 
 @contextlib.contextmanager
+def all_held(switches: Iterable[Switch]) -> Iterator[None]:
+    """Every one of them `held`."""
+    with contextlib.ExitStack() as stack:
+        for switch in switches:
+            stack.enter_context(held(switch))
+        yield
+
+
+@contextlib.contextmanager
 def exact_arithmetic(device: str | torch.device = "cpu") -> Iterator[None]:
     """Arithmetic on `device` that is the same in every run: no autotuning, no TF32, no gradients; one thread.
 
     One thread, because what the engine does between network calls is small: sharing it out takes longer than doing it.
     """
     on_cpu = torch.device(device).type == "cpu"
-    switches = CPU_SWITCHES if on_cpu else CUDA_SWITCHES
-    precisions = CPU_PRECISIONS if on_cpu else CUDA_PRECISIONS
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(working_threads(1))
-        for switch in (*switches, *(precision(*names) for names in precisions)):
-            stack.enter_context(held(switch))
-        stack.enter_context(torch.inference_mode())
+    precisions = (precision(*names) for names in (CPU_PRECISIONS if on_cpu else CUDA_PRECISIONS))
+    with working_threads(1), all_held((*(() if on_cpu else CUDA_SWITCHES), *precisions)), torch.inference_mode():
         yield

@@ -5,11 +5,14 @@ other filters of a script may turn at any time (`torch.nn.attention.sdpa_kernel`
 same call would give other last bits from one frame to the next.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vsuav import native
+from vsuav.arithmetic import ATTENTIONS, all_held
 
 
 def _fused_dtypes() -> set[torch.dtype]:
@@ -85,4 +88,6 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = Non
     if inferring(q, k) and min(q.numel(), k.numel()):
         bias = None if bias is None else bias.contiguous()  # torch 2.6 reads its rows as if they were
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)[0]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    held = q.device.type != "cpu" and not torch.compiler.is_compiling()
+    with all_held(ATTENTIONS) if held else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
