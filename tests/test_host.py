@@ -44,7 +44,7 @@ def test_frames_out_of_order_reloads_and_nothing_left_behind(tmp_path):
     assert frames[0][1] == frames[0][3]
     assert len(set(frames[0])) == 3
     resident = [int(line.split()[-1]) for line in run.stdout.splitlines() if "rss" in line]
-    assert resident[2] < 1.03 * resident[1], f"KiB after each load: {resident}"
+    assert resident[2] < 1.03 * max(resident[:2]), f"KiB after each load: {resident}"
     print("KiB after each load:", resident)
 
 
