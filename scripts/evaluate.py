@@ -57,7 +57,6 @@ from evaluate_rows import INTERPOLATORS, NETWORKS, OURS, VSZIP, Ours, Row, bicub
 from evaluate_tables import (
     RESTORED,
     Numbers,
-    average,
     averages,
     curves,
     each,
@@ -397,7 +396,7 @@ def evaluate(args: argparse.Namespace) -> str:
         levels = noise_levels(ours, few, judge)
         report.effects["noise_levels"] = levels
         shown = ("psnr_y", "stlpips_vgg", "high_frequency")
-        known = {level: average(clips) for level, clips in levels.items()}
+        known = averages(levels)
         table = means(levels, (*shown, "e_warp_dis"))
         report.sections["noise level, degraded x4"] = table.replace("| row ", "| level ", 1)
         curves(known, shown, "noise level", args.out / "noise-level.png")

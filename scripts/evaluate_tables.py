@@ -147,8 +147,7 @@ def scatter(rows: dict[str, Clips], title: str, path: Path) -> None:
     """PSNR-Y against stLPIPS of every row: the lower right corner is best."""
     pyplot = _figure()
     figure, axis = pyplot.subplots(figsize=(8, 5.5))
-    for row, clips in rows.items():
-        mean = average(clips)
+    for row, mean in averages(rows).items():
         if "stlpips_vgg" in mean and "psnr_y" in mean:
             axis.scatter(mean["psnr_y"], mean["stlpips_vgg"])
             axis.annotate(row, (mean["psnr_y"], mean["stlpips_vgg"]), xytext=(4, 3), textcoords="offset points")

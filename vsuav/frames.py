@@ -102,15 +102,16 @@ def unfit(props: Mapping) -> tuple[str, str] | None:
 
 def look_from(format: vs.VideoFormat, first: Mapping) -> Look:
     """The look of a clip whose first frame has the properties `first`. Raises as `inspect`."""
-    code(first, "_FieldBased", 0), code(first, "_Transfer", UNSPECIFIED)
-    if said := unfit(first):
-        if said[0].startswith("_FieldBased"):
-            raise ValueError(
-                f"clip must be progressive, got {said[0]} ({said[1]}); deinterlace it first, "
-                "or, if the flag is wrong, clip.std.SetFieldBased(0)"
-            )
+    field, transfer = code(first, "_FieldBased", 0), code(first, "_Transfer", UNSPECIFIED)
+    if field in FIELD_ORDERS:
         raise ValueError(
-            f"clip must be standard dynamic range, got {said[0]} ({said[1]}); tone-map it to BT.709 first"
+            f"clip must be progressive, got _FieldBased={field} ({FIELD_ORDERS[field]}); deinterlace it first, "
+            "or, if the flag is wrong, clip.std.SetFieldBased(0)"
+        )
+    if transfer in HDR_TRANSFERS:
+        raise ValueError(
+            f"clip must be standard dynamic range, got _Transfer={transfer} ({HDR_TRANSFERS[transfer]}); "
+            "tone-map it to BT.709 first"
         )
     matrix = None
     if format.color_family == vs.YUV:
