@@ -61,9 +61,10 @@ def exact(m, weight, bias, add=None, norm=None, enlarge=1, activate=False):
     return memory(F.silu(y) if activate else y)
 
 
-@pytest.fixture(scope="module", params=["this CPU's", "16 at a time"])
+@pytest.fixture(scope="module", params=["this CPU's", "16 at a time", "16 at a time, pairs"])
 def library(request, tmp_path_factory):
-    """The code as it was built, and the same with vectors twice as long, whatever this CPU has."""
+    """The code as it was built, and the same with vectors twice as long and with products of pairs of bfloat16 numbers,
+    whatever this CPU has."""
     if request.param == "this CPU's":
         return native._library
     compiler = shutil.which("g++")
@@ -71,6 +72,7 @@ def library(request, tmp_path_factory):
         pytest.skip("needs g++")
     file = tmp_path_factory.mktemp("native") / "wide.so"
     flags = ["-O1", "-std=c++17", "-DLANES=16", "-mavx2", "-mfma", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
+    flags.append("-DPAIRS=true" if request.param.endswith("pairs") else "-DPAIRS=false")
     subprocess.run([compiler, *flags, "-o", file, *SOURCES], check=True)
     return native.opened(file)
 
@@ -84,6 +86,15 @@ def test_code_from_other_source_is_refused(monkeypatch):
         monkeypatch.setattr(native, "_Line", native._Norm)
         with pytest.raises(OSError, match="other source"):
             native.opened(file)
+
+
+@there
+def test_code_for_pairs_is_taken_where_the_cpu_multiplies_them(monkeypatch):
+    plain = torch.backends.cpu.get_cpu_capability().lower()
+    for_pairs = any(Path(native.__file__).parent.glob(f"_native_{plain}_bf16.*.so"))  # not made by every compiler
+    assert native.KIND == (f"{plain}_bf16" if "avx512_bf16" in native.BFLOAT16 and for_pairs else plain)
+    monkeypatch.setattr(native, "BFLOAT16", ())
+    assert native._built()[0] == plain
 
 
 @there
@@ -111,6 +122,62 @@ def test_convolutions_of_any_size(
     truth = exact(m, weight, bias, add, norm, enlarge, activate)
     assert y.shape == truth.shape
     nearly(y, truth)
+
+
+def whole_numbers(*shape, most=4):
+    """bfloat16 numbers with which products, sums and their rounding are exact."""
+    return torch.randint(-most, most + 1, shape).bfloat16()
+
+
+def half_a_unit(result, truth, also):
+    """Is every number the truth's within the rounding to bfloat16 and `also`?"""
+    assert ((result.double() - truth).abs() <= 2**-8 * truth.abs() + also).all()
+
+
+@there
+@settings(max_examples=40, deadline=None)
+@given(
+    b=st.integers(1, 2), t=st.integers(1, 5), h=st.integers(1, 13), w=st.integers(1, 13),
+    inputs=st.sampled_from([16, 48]), outputs=st.sampled_from([3, 16, 32]), volume=st.booleans(), added=st.booleans(),
+    normed=st.booleans(), enlarge=st.sampled_from([1, 2]), activate=st.booleans(), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_convolutions_of_bfloat16_are_float32s_rounded(
+    library, b, t, h, w, inputs, outputs, volume, added, normed, enlarge, activate, seed
+):
+    torch.manual_seed(seed)
+    weight = (torch.randn(outputs, inputs, *[3] * (2 + volume)) / (27 * inputs) ** 0.5).bfloat16()
+    m, bias = torch.randn(b, t, h, w, inputs).bfloat16(), torch.randn(outputs).bfloat16()
+    add = torch.randn(b, t, h * enlarge, w * enlarge, outputs).bfloat16() if added else None
+    norm = (torch.rand(b, inputs) + 0.5, torch.randn(b, inputs)) if normed else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_library", library)
+        y = native.convolve(m, weight, bias, add, norm, enlarge, activate)
+        wide = None if add is None else add.float()
+        wanted = native.convolve(m.float(), weight.float(), bias, wide, norm, enlarge, activate)
+    assert torch.equal(y, wanted.bfloat16())
+
+
+@there
+@settings(max_examples=60, deadline=None)
+@given(
+    b=st.integers(1, 2), t=st.integers(1, 5), h=st.integers(1, 13), w=st.integers(1, 13), block=st.sampled_from([12, 48]),
+    inputs=st.sampled_from([16, 48, 512]), outputs=st.sampled_from([3, 16, 32]), volume=st.booleans(),
+    added=st.booleans(), enlarge=st.sampled_from([1, 2]), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_small_tiles_of_bfloat16(library, b, t, h, w, block, inputs, outputs, volume, added, enlarge, seed):
+    """Of whole numbers, exactly; of any, normalised or not, as well as their sums are rounded."""
+    torch.manual_seed(seed)
+    shape = (outputs, inputs, *[3] * (2 + volume))
+    weight, m, bias = 4 * whole_numbers(*shape, most=2), whole_numbers(b, t, h, w, inputs), whole_numbers(outputs)
+    add = whole_numbers(b, t, h * enlarge, w * enlarge, outputs) if added else None
+    fine, norm = torch.randn(*shape) / (27 * inputs) ** 0.5, (torch.rand(b, inputs) + 0.5, torch.randn(b, inputs))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_library", library)
+        patch.setattr(native, "_tiles", lambda *given: (2, block))
+        y = native.convolve(m, weight, bias, add, None, enlarge)
+        z = native.convolve(m, fine.bfloat16(), bias, add, norm, enlarge)
+    assert torch.equal(y.double(), exact(m, weight, bias, add, None, enlarge).bfloat16().double())
+    half_a_unit(z, exact(m, fine.bfloat16(), bias, add, norm, enlarge), 0.05)
 
 
 @there
@@ -198,6 +265,46 @@ def test_linear_layers_and_convolutions_over_time(
 
 
 @there
+@settings(max_examples=60, deadline=None)
+@given(
+    b=st.integers(1, 2), t=st.integers(1, 9), pixels=st.integers(12, 130), inputs=st.sampled_from([16, 48, 512]),
+    outputs=st.sampled_from([16, 48]), taps=st.sampled_from([1, 3, 5]), added=st.booleans(), biased=st.booleans(),
+    seed=st.integers(0, 9),
+)  # fmt: skip
+def test_linear_layers_of_bfloat16(library, b, t, pixels, inputs, outputs, taps, added, biased, seed):
+    torch.manual_seed(seed)
+    m, bias = whole_numbers(b, t, pixels, inputs), whole_numbers(outputs) if biased else None
+    weight, add = whole_numbers(outputs, inputs, taps), whole_numbers(b, t, pixels, outputs) if added else None
+    fine, norm = torch.randn(outputs, inputs, taps) / (taps * inputs) ** 0.5, (torch.rand(b, inputs), torch.randn(b, inputs))
+    fine = fine.bfloat16()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_library", library)
+        y = native.affine(m, weight[..., 0] if taps == 1 else weight, bias, add)
+        z = native.affine(m, fine[..., 0] if taps == 1 else fine, bias, add, norm)
+
+    def truth(x, weight):
+        offset, x = None if bias is None else bias.double(), x.permute(0, 3, 1, 2)
+        sums = F.conv2d(x, weight.double()[..., None], offset, padding=(taps // 2, 0)).permute(0, 2, 3, 1)
+        return sums if add is None else sums + add.double()
+
+    direct = y.double() - truth(m.double(), weight)  # the sums of frames by Winograd's way are not exact
+    assert (direct.abs() <= 2**-8 * y.double().abs() + 1e-2).all()
+    x = F.silu(m.double() * norm[0].double()[:, None, None] + norm[1].double()[:, None, None])
+    half_a_unit(z, truth(x, fine), 0.02)
+
+
+@there
+@pytest.mark.parametrize("inputs", [7, 24])
+def test_gated_layers_of_bfloat16(library, monkeypatch, inputs):
+    """Also of an odd number of channels, which do not pair up."""
+    monkeypatch.setattr(native, "_library", library)
+    torch.manual_seed(0)
+    m, weight, bias = (torch.randn(*shape).bfloat16() for shape in ((1, 2, 37, inputs), (2 * 48, inputs), (2 * 48,)))
+    a, g = F.linear(m.double(), weight.double(), bias.double()).chunk(2, dim=-1)
+    half_a_unit(native.affine(m, weight, bias, gated=True), a * F.gelu(g), 1e-4)
+
+
+@there
 def test_gated_layers(library, monkeypatch):
     monkeypatch.setattr(native, "_library", library)
     torch.manual_seed(0)
@@ -281,11 +388,29 @@ def test_attention_over_time(library, b, t, n, heads, size, pairs, seed):
 
 
 @there
-def test_attention_of_bfloat16_is_float32s_rounded():
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 2), queries=st.integers(1, 130), keys=st.one_of(st.integers(1, 40), st.integers(200, 700)),
+    heads=st.integers(1, 3), size=st.sampled_from([16, 48]), spread=st.sampled_from([0.1, 1.0, 30.0]),
+    seed=st.integers(0, 9),
+)  # fmt: skip
+def test_attention_of_bfloat16(library, n, queries, keys, heads, size, spread, seed):
+    """What is rounded is the result and, where pairs are multiplied, the shares of the keys."""
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(n, rows, heads * size) for rows in (queries, keys, keys))
+    q, k, v = (q * spread).bfloat16(), k.bfloat16(), v.bfloat16()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_library", library)
+        y = native.attend(q, k, v, heads)
+    assert y.dtype is torch.bfloat16
+    half_a_unit(y, attended(q, k, v, heads), 2**-8 * v.abs().max() + 1e-5 * spread)
+
+
+@there
+def test_attention_over_time_of_bfloat16_is_float32s_rounded(library, monkeypatch):
+    monkeypatch.setattr(native, "_library", library)
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 8, 30, 96).bfloat16() for _ in range(3))
-    flat = [x.flatten(1, 2) for x in (q, k, v)]
-    assert torch.equal(native.attend(*flat, 2), native.attend(*(x.float() for x in flat), 2).bfloat16())
     turns, bias = torch.polar(torch.ones(8, 16), torch.randn(8, 16)), torch.randn(2, 8, 8)
     wide = native.attend_over_time(q.float(), k.float(), v.float(), 2, turns, bias)
     assert torch.equal(native.attend_over_time(q, k, v, 2, turns, bias), wide.bfloat16())
@@ -485,7 +610,8 @@ def test_linear_layers_give_the_same_without_it(rows, added, monkeypatch):
     [
         (32, 48, 32, torch.float32, True), (32, 40, 32, torch.float32, False), (24, 32, 32, torch.float32, False),
         (16, 32, 32, torch.float32, False), (32, 5, 32, torch.float32, True), (256, 5, 32, torch.float32, False),
-        (32, 48, 31, torch.float32, False), (32, 48, 32, torch.bfloat16, False),
+        (32, 48, 31, torch.float32, False), (32, 48, 32, torch.bfloat16, "amx" not in native.BFLOAT16),
+        (32, 48, 32, torch.float64, False),
     ],
 )  # fmt: skip
 def test_layers_take_it_where_it_pays(inputs, outputs, side, dtype, taken, monkeypatch):

@@ -168,7 +168,7 @@ class Conv(nn.Module):
         bias = self.bias
         if shift is not None and len(shift) == 1:
             bias, shift = bias + shift[0], None
-        if shift is None and fused(x, self.weight) and self.native_pays(x):
+        if shift is None and inferring(x, self.weight) and self.native_pays(x):
             m = memory(x)
             line, add = norm and norm.line(m), None if add is None else memory(add)
             return video(self.natively(m, bias, add, line))
@@ -199,7 +199,7 @@ class FrameConv(Conv, nn.Conv2d):
 
     def activated(self, x: Tensor) -> Tensor:
         """SiLU of what it gives."""
-        if fused(x, self.weight) and self.native_pays(x):
+        if inferring(x, self.weight) and self.native_pays(x):
             return video(native.convolve(memory(x), self.weight, self.bias, activate=True))
         return F.silu(self(x), inplace=not torch.is_grad_enabled())
 
@@ -322,7 +322,7 @@ class Up(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         b, _, t, h, w = x.shape
         size, weight = size or (2 * h, 2 * w), self.conv.weight
-        if size == (2 * h, 2 * w) and fused(x, weight) and native.pays(x, weight):
+        if size == (2 * h, 2 * w) and inferring(x, weight) and native.pays(x, weight):
             return video(native.convolve(memory(x), weight, self.conv.bias, enlarge=2))
         if size == (2 * h, 2 * w) and b * t * h * w >= 256 and not torch.is_grad_enabled():
             return doubled(x, weight, self.conv.bias)

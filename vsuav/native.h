@@ -5,6 +5,8 @@
 
 #include <cfloat>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include <immintrin.h>
 
@@ -15,6 +17,14 @@ namespace {
 #define LANES 16
 #else
 #define LANES 8
+#endif
+#endif
+// Can the CPU multiply bfloat16 numbers, two at a time, and sum them up as floats?
+#ifndef PAIRS
+#ifdef __AVX512BF16__
+#define PAIRS true
+#else
+#define PAIRS false
 #endif
 #endif
 // PANEL output channels are multiplied together, for ROWS tiles at a time: with AVX2, as many sums as there are
@@ -44,10 +54,15 @@ inline V load(const Brief* p) {
     return reinterpret_cast<V>(bits << 16);
 }
 
-inline void store(Brief* p, V v) {
+// The bits of the floats that are nearest among those whose lower half is zero.
+inline U rounded(V v) {
     const U bits = reinterpret_cast<U>(v);
     const V nearest = reinterpret_cast<V>(bits + 0x7fff + (bits >> 16 & 1));
-    const U kept = reinterpret_cast<U>(v == v ? nearest : V{} + __builtin_nanf("")) >> 16;
+    return reinterpret_cast<U>(v == v ? nearest : V{} + __builtin_nanf("")) & 0xffff0000;
+}
+
+inline void store(Brief* p, V v) {
+    const U kept = rounded(v) >> 16;
 #if LANES == 16 && defined(__AVX512F__)
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(kept)));
 #elif LANES == 8
@@ -58,17 +73,29 @@ inline void store(Brief* p, V v) {
 #endif
 }
 
+inline float number(float x) { return x; }
+inline float number(Brief x) {
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float y;
+    std::memcpy(&y, &bits, sizeof y);
+    return y;
+}
+
 // Of memory that holds only `count` numbers more: those, zero behind them; and so many of a vector.
-inline V load_part(const float* p, int64_t count) {
+template <typename T>
+inline V load_part(const T* p, int64_t count) {
     if (count >= LANES) return load(p);
     V v = {};
-    for (int64_t lane = 0; lane < count; lane++) v[lane] = p[lane];
+    for (int64_t lane = 0; lane < count; lane++) v[lane] = number(p[lane]);
     return v;
 }
 
-inline void store_part(float* p, V v, int64_t count) {
+template <typename T>
+inline void store_part(T* p, V v, int64_t count) {
     if (count >= LANES) return store(p, v);
-    for (int64_t lane = 0; lane < count; lane++) p[lane] = v[lane];
+    T all[LANES];
+    store(all, v);
+    for (int64_t lane = 0; lane < count; lane++) p[lane] = all[lane];
 }
 
 // The larger and the smaller; b where one of them is not a number.
@@ -130,9 +157,9 @@ inline V gelu(V x) {
 }
 
 // y = scale x + shift by channel, of some pixels, followed by SiLU where `activate` says so.
-template <typename T>
+template <typename T, typename S>
 inline void lined(const T* x, const float* scale, const float* shift, int64_t pixels, int64_t channels, bool activate,
-                  T* y) {
+                  S* y) {
     for (int64_t p = 0; p < pixels; p++, x += channels, y += channels)
         for (int64_t ch = 0; ch < channels; ch += PANEL) {
             V v[2] = {};
@@ -145,21 +172,58 @@ inline void lined(const T* x, const float* scale, const float* shift, int64_t pi
         }
 }
 
-// The sum over taps of a "ROWS k" times b "k PANEL"; from tap to tap a is `far` numbers on. `done(row, vector, sum)` is
-// called for every result.
-template <typename Done>
-inline void product(const float* a, int64_t far, const float* b, int64_t taps, int64_t k, const Done& done) {
+// What numbers of type T are multiplied as.
+template <typename T>
+using Factor = std::conditional_t<PAIRS, T, float>;
+
+// Where `product` wants the number of row i and column o of a matrix b "k PANEL": bfloat16 numbers lie in pairs.
+template <typename F>
+inline int64_t place_of(int64_t i, int64_t o) {
+    return sizeof(F) == sizeof(float) ? i * PANEL + o : (i - i % 2) * PANEL + 2 * o + i % 2;
+}
+
+// As many floats as hold `count` numbers.
+template <typename F>
+inline int64_t floats(int64_t count) {
+    return (count * sizeof(F) + 3) / 4;
+}
+
+inline void set(float& x, float v) { x = v; }
+inline void set(float& x, Brief v) { x = number(v); }
+inline void set(Brief& x, Brief v) { x = v; }
+
+inline V multiplied(V sum, const float* left, const float* right) { return sum + *left * load(right); }
+
+inline V multiplied(V sum, const Brief* left, const Brief* right) {
+#ifdef __AVX512BF16__
+    int32_t pair;
+    std::memcpy(&pair, left, sizeof pair);
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(right));
+#else
+    for (int lane = 0; lane < LANES; lane++)
+        sum[lane] += number(left[0]) * number(right[2 * lane]) + number(left[1]) * number(right[2 * lane + 1]);
+    return sum;
+#endif
+}
+
+// Numbers from row to row of `count` numbers each, so that ROWS rows do not compete for the same lines of the cache.
+template <typename F>
+inline int64_t spread(int64_t count) {
+    return count * sizeof(F) % 1024 ? count : count + 64 / sizeof(F);
+}
+
+// The sum over taps of a "ROWS k" times b "k PANEL", laid out by `place_of`; a is `row` numbers on from row to row, and
+// `far` from tap to tap. `done(row, vector, sum)` is called for every result. Of bfloat16 numbers k is even.
+template <typename F, typename Done>
+inline void product(const F* a, int64_t row, int64_t far, const F* b, int64_t taps, int64_t k, const Done& done) {
+    constexpr int64_t EACH = sizeof(float) / sizeof(F);  // numbers multiplied at once
     V sum[ROWS][VECTORS] = {};
     for (int64_t tap = 0; tap < taps; tap++, a += far, b += k * PANEL)
-        for (int64_t i = 0; i < k; i++) {
-            V right[VECTORS];
-            for (int v = 0; v < VECTORS; v++) right[v] = load(b + i * PANEL + v * LANES);
+        for (int64_t i = 0; i < k; i += EACH)
 #pragma GCC unroll 24
-            for (int r = 0; r < ROWS; r++) {
-                const float left = a[r * k + i];
-                for (int v = 0; v < VECTORS; v++) sum[r][v] += left * right[v];
-            }
-        }
+            for (int r = 0; r < ROWS; r++)
+                for (int v = 0; v < VECTORS; v++)
+                    sum[r][v] = multiplied(sum[r][v], a + r * row + i, b + i * PANEL + v * LANES * EACH);
 #pragma GCC unroll 24
     for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < VECTORS; v++) done(r, v, sum[r][v]);

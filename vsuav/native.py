@@ -1,16 +1,18 @@
-"""The project's own machine code for CPUs, where it was built: 3x3 convolutions in float32 with a quarter or a fifth of
-the multiplications, convolutions over time, linear layers, group normalisation, attention, and propagation.
+"""The project's own machine code for CPUs, where it was built: 3x3 convolutions with a quarter or a fifth of the
+multiplications, convolutions over time, linear layers, group normalisation, attention, and propagation.
 
 `native*.cpp` are compiled when vsuav is installed, once for every kind of CPU. Without a compiler, or on another CPU,
-there is no `KIND`, and the layers do without. Group norms and attention are computed for bfloat16 as well.
+there is no `KIND`, and the layers do without. What is bfloat16 is read and written so, and computed in float32; where
+the CPU multiplies pairs of bfloat16 numbers, products of matrices are made of these and summed up in float32.
 
-The convolutions are F(4x4, 3x3), as in winograd.py, or F(6x6, 3x3) of Lavin and Gray (CVPR 2016, arXiv 1509.09308),
-with everything that surrounds them: what is normalised, activated, enlarged and summed up is computed on the way, so
-that it never lies in memory. Pieces of work do not depend on the number of threads, so neither do results.
+The convolutions are F(4x4, 3x3), as in winograd.py, or F(6x6, 3x3) or F(2x2, 3x3) of Lavin and Gray (CVPR 2016, arXiv
+1509.09308), with everything that surrounds them: what is normalised, activated, enlarged and summed up is computed on
+the way, so that it never lies in memory. Pieces of work do not depend on the number of threads, so neither do results.
 """
 
 import contextlib
 import ctypes
+import itertools
 import math
 from collections.abc import Iterator
 from ctypes import c_double, c_int64, c_void_p
@@ -23,6 +25,10 @@ from torch import Tensor
 
 from vsuav import buffers
 
+BFLOAT16_UNITS = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported, "amx": torch.cpu._is_amx_tile_supported}
+"""What a CPU may multiply bfloat16 numbers with, and how to find out."""
+BFLOAT16 = tuple(name for name, there in BFLOAT16_UNITS.items() if there())
+"""What this one does."""
 LEAST, MULTIPLE, MANY = 32, 16, 2048
 """Least channels, in and out, of convolutions that are computed here; what channels must be a multiple of, unless fewer
 come out; least pixels of all frames together, or rows of a linear layer."""
@@ -38,7 +44,7 @@ class _Convolution(ctypes.Structure):
         *((name, c_void_p) for name in ("x", "scale", "shift", "weight", "bias", "add", "weights", "rooms", "y")),
         *((name, c_int64) for name in ("clips", "frames", "height", "width", "inputs", "outputs", "taps", "enlarge")),
         *((name, c_int64) for name in ("tile", "block", "by_out", "by_in", "by_tap", "by_row", "by_column")),
-        ("activate", c_int64), ("threads", c_int64),
+        *((name, c_int64) for name in ("activate", "brief", "threads")),
     ]  # fmt: skip
 
 
@@ -46,7 +52,7 @@ class _Affine(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("x", "scale", "shift", "weight", "bias", "add", "rooms", "y")),
         *((name, c_int64) for name in ("clips", "frames", "pixels", "inputs", "outputs", "taps", "gated", "block")),
-        *((name, c_int64) for name in ("by_out", "by_in", "by_tap", "threads")),
+        *((name, c_int64) for name in ("by_out", "by_in", "by_tap", "brief", "threads")),
     ]
 
 
@@ -68,14 +74,14 @@ class _Line(ctypes.Structure):
 class _Attention(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("q", "k", "v", "rooms", "y")),
-        *((name, c_int64) for name in ("clips", "queries", "keys", "heads", "size", "threads")),
+        *((name, c_int64) for name in ("clips", "queries", "keys", "heads", "size", "brief", "threads")),
     ]
 
 
 class _Timeline(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("q", "k", "v", "turns", "bias", "rooms", "y")),
-        *((name, c_int64) for name in ("clips", "frames", "pixels", "heads", "size", "threads")),
+        *((name, c_int64) for name in ("clips", "frames", "pixels", "heads", "size", "brief", "threads")),
     ]
 
 
@@ -103,7 +109,8 @@ def opened(file: Path) -> ctypes.CDLL:
 def _built() -> tuple[str | None, ctypes.CDLL | None]:
     """What the code for this CPU is called, and the code."""
     kind = torch.backends.cpu.get_cpu_capability().lower()
-    for suffix in EXTENSION_SUFFIXES:
+    kinds = f"{kind}_bf16", kind
+    for kind, suffix in itertools.product(kinds if kinds[0] in BFLOAT16 else kinds[1:], EXTENSION_SUFFIXES):
         file = Path(__file__).with_name(f"_native_{kind}{suffix}")
         if file.is_file():
             with contextlib.suppress(OSError):  # built for another system, or from other source
@@ -112,29 +119,29 @@ def _built() -> tuple[str | None, ctypes.CDLL | None]:
 
 
 KIND, _library = _built()
-"""Of CPU that the code is for, "avx2" or "avx512"; None: there is no code for this one."""
+"""Of CPU that the code is for, "avx2", "avx512" or "avx512_bf16"; None: there is no code for this one."""
 
 
 def _at(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def takes(x: Tensor, channels: int) -> bool:
-    """Can an activation with so many channels be computed here, where no gradients are wanted?"""
-    return x.dtype == torch.float32 and reads(x, channels)
-
-
 def reads(x: Tensor, channels: int) -> bool:
-    """Can one of either type be normalised here, or attend?"""
+    """Can an activation with so many channels be normalised here, or attend, where no gradients are wanted?"""
     known = x.dtype in (torch.float32, torch.bfloat16)
     return KIND is not None and known and x.device.type == "cpu" and channels % MULTIPLE == 0
+
+
+def computes(x: Tensor, channels: int) -> bool:
+    """Can it be multiplied by matrices here? (AMX multiplies bfloat16 so fast that torch's own way is faster there.)"""
+    return reads(x, channels) and (x.dtype is torch.float32 or "amx" not in BFLOAT16)
 
 
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Is it here that a 3x3 or 3x3x3 convolution of x "b c t h w" with weight "o i … 3 3" is computed fastest?"""
     outputs, inputs = weight.shape[:2]
     few, many = outputs < MULTIPLE and inputs < WIDE, outputs >= LEAST and outputs % MULTIPLE == 0
-    return takes(x, inputs) and inputs >= LEAST and (few or many) and x[:, 0].numel() >= MANY
+    return computes(x, inputs) and inputs >= LEAST and (few or many) and x[:, 0].numel() >= MANY
 
 
 def convolve(
@@ -144,12 +151,12 @@ def convolve(
     """conv(SiLU(scale m + shift)) + bias + add, zero padding 1, of a clip in memory order "b t h w i": "b t h w o".
 
     Args:
-        m: contiguous float32, as are all others but `weight`.
-        weight: float32 "o i 3 3", or "o i 3 3 3", which sees the frames before and after; in any layout. i is a
-            multiple of 16.
+        m: contiguous, float32 or bfloat16, as is the result.
+        weight: of the same type, "o i 3 3", or "o i 3 3 3", which sees the frames before and after; in any layout. i is
+            a multiple of 16.
         bias: "o".
-        add: "b t h w o", what is added to the result.
-        norm: scale and shift "b i", before which nothing is activated: without it the convolution is of m itself.
+        add: "b t h w o", contiguous and of the same type, what is added to the result.
+        norm: scale and shift "b i", float32, before which nothing is activated: without it the convolution is of m itself.
         enlarge: by how much m is enlarged, by nearest neighbour, before it is convolved; then h and w of the result are
             so many times as large.
         activate: the result is SiLU of all that.
@@ -157,12 +164,14 @@ def convolve(
     b, t, h, w, inputs = m.shape
     outputs, taps = len(weight), weight.shape[2] if weight.dim() == 5 else 1
     strides = weight.stride() if weight.dim() == 5 else (*weight.stride()[:2], 0, *weight.stride()[2:])
-    bias, (scale, shift) = bias.contiguous(), norm or (None, None)
-    tile, block = _tiles(inputs, b * t, h * enlarge, w * enlarge, taps)
+    bias, (scale, shift) = bias.float().contiguous(), norm or (None, None)
+    pairs = m.dtype is torch.bfloat16 and KIND == "avx512_bf16"
+    tile, block = _tiles(inputs, b * t, h * enlarge, w * enlarge, taps, pairs)
     y = buffers.empty((b, t, h * enlarge, w * enlarge, outputs), m.dtype)
     call = _Convolution(
         _at(m), _at(scale), _at(shift), _at(weight), _at(bias), _at(add), None, None, _at(y),
-        b, t, h, w, inputs, outputs, taps, enlarge, tile, block, *strides, activate, threads := torch.get_num_threads(),
+        b, t, h, w, inputs, outputs, taps, enlarge, tile, block, *strides,
+        activate, m.dtype is torch.bfloat16, threads := torch.get_num_threads(),
     )  # fmt: skip
     shared, own = _library.weights_room(ctypes.byref(call)), _library.room(ctypes.byref(call))
     with _scratch(shared + threads * own) as room:
@@ -171,23 +180,25 @@ def convolve(
     return y
 
 
-def _tiles(inputs: int, frames: int, height: int, width: int, taps: int) -> tuple[int, int]:
+def _tiles(inputs: int, frames: int, height: int, width: int, taps: int, pairs: bool) -> tuple[int, int]:
     """The side of a tile, and how many are computed together.
 
     Few channels: large tiles, as many as the second-level cache holds, of one frame or three. Many: there are more
     numbers in the weights than in the tiles, and larger tiles would have still more of them; so the tiles are large
-    blocks of about the same size, an even number of them or nearly.
+    blocks of about the same size, an even number of them or nearly. Where pairs of bfloat16 numbers are multiplied,
+    the sums are bfloat16, too: only those of the smallest tiles are as exact as their operands.
     """
     if inputs < WIDE:
         return 6, 2 * BLOCK if taps == 1 else BLOCK
-    tiles = -(-height // 4) * -(-width // 4) * (frames if taps == 1 else 1)
+    tile = 2 if pairs else 4
+    tiles = -(-height // tile) * -(-width // tile) * (frames if taps == 1 else 1)
     blocks = 2 * -(-tiles // (2 * MOST))
-    return 4, BLOCK * -(-tiles // (blocks * BLOCK))
+    return tile, BLOCK * -(-tiles // (blocks * BLOCK))
 
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
     """Is it here that a linear layer or a convolution over time of x, in any layout, is computed fastest?"""
-    return takes(x, weight.shape[0]) and x.numel() >= MANY * weight.shape[1]
+    return computes(x, weight.shape[0]) and x.numel() >= MANY * weight.shape[1]
 
 
 def affine(
@@ -197,23 +208,24 @@ def affine(
     """A linear layer of every pixel, or a convolution over time, zero padding (k - 1)/2, of m "b t … i": "b t … o".
 
     Args:
-        m: contiguous float32, as are all others but `weight`. A frame has `BLOCK` pixels or more.
-        weight: float32 "o i", or "o i k", k odd, which sees (k - 1)/2 frames before and after; in any layout. o is a
-            multiple of 16.
+        m: contiguous, float32 or bfloat16, as is the result. A frame has `BLOCK` pixels or more.
+        weight: of the same type, "o i", or "o i k", k odd, which sees (k - 1)/2 frames before and after; in any layout.
+            o is a multiple of 16.
         bias: "o", or None where nothing is gated.
-        add: "b t … o", what is added to the result.
-        norm: scale and shift "b i": what is multiplied is SiLU(scale m + shift) instead of m; i is a multiple of 16.
+        add: "b t … o", contiguous and of the same type, what is added to the result.
+        norm: scale and shift "b i", float32: what is multiplied is SiLU(scale m + shift) instead of m; i is a multiple of 16.
         gated: the result is a GELU(g), where a and g are the halves of what weight "2o i" and bias "2o" give.
     """
     b, t, inputs = m.shape[0], m.shape[1], m.shape[-1]
     pixels, taps = m[0, 0, ..., 0].numel(), weight.shape[2] if weight.dim() == 3 else 1
     outputs, block = len(weight) // (2 if gated else 1), min(4 * BLOCK, pixels)
     strides = weight.stride() if weight.dim() == 3 else (*weight.stride(), 0)
-    bias, (scale, shift) = None if bias is None else bias.contiguous(), norm or (None, None)
+    bias, (scale, shift) = None if bias is None else bias.float().contiguous(), norm or (None, None)
     y = buffers.empty((*m.shape[:-1], outputs), m.dtype)
     call = _Affine(
         _at(m), _at(scale), _at(shift), _at(weight), _at(bias), _at(add), None, _at(y),
-        b, t, pixels, inputs, outputs, taps, gated, block, *strides, torch.get_num_threads(),
+        b, t, pixels, inputs, outputs, taps, gated, block, *strides,
+        m.dtype is torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     with _scratch(_library.affine_room(ctypes.byref(call))) as room:
         call.rooms = _at(room)
@@ -276,7 +288,7 @@ def line(m: Tensor, scale: Tensor, shift: Tensor, act: bool) -> Tensor:
 
 
 def attends(q: Tensor, k: Tensor, heads: int) -> bool:
-    """Is it here that attention of q "n i c" to k "n j c" is computed fastest, in float32 or bfloat16?"""
+    """Is it here that attention of q "n i c" to k "n j c" is computed fastest?"""
     known = reads(q, q.shape[-1] // heads) and q.shape[-1] % heads == 0
     return known and len(q) == len(k) and k.shape[1] > 0 and q[..., 0].numel() >= MANY
 
@@ -286,14 +298,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
     They are float32 or bfloat16, as is the result; heads are contiguous slices of the channels, of a multiple of 16.
     """
-    if q.dtype != torch.float32:
-        return attend(q.float(), k.float(), v.float(), heads).to(q.dtype)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     n, queries, c = q.shape
     y = buffers.empty(q.shape, q.dtype)
     call = _Attention(
-        _at(q), _at(k), _at(v), None, _at(y), n, queries, k.shape[1], heads, c // heads, torch.get_num_threads()
-    )
+        _at(q), _at(k), _at(v), None, _at(y), n, queries, k.shape[1], heads, c // heads,
+        q.dtype is torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
     with _scratch(_library.attend_room(ctypes.byref(call))) as room:
         call.rooms = _at(room)
         _library.attend(ctypes.byref(call))
@@ -314,16 +325,17 @@ def attend_over_time(q: Tensor, k: Tensor, v: Tensor, heads: int, turns: Tensor,
         turns: complex "t p", by which the first p pairs of channels of every head of q and k are multiplied.
         bias: "heads t t", what is added to the scores.
     """
-    if q.dtype != torch.float32:
-        return attend_over_time(q.float(), k.float(), v.float(), heads, turns, bias.float()).to(q.dtype)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     b, t, n, c = q.shape
     size, pairs = c // heads, turns.shape[1]
     cosines = F.pad(turns.real.repeat_interleave(2, 1), (0, size - 2 * pairs), value=1)
     sines = F.pad(torch.stack([-turns.imag, turns.imag], -1).flatten(1), (0, size - 2 * pairs))
-    table, bias = torch.stack([cosines, sines], 1), F.pad(bias / math.log(2), (0, FRAMES - t), value=-torch.inf)
+    table, bias = torch.stack([cosines, sines], 1), F.pad(bias.float() / math.log(2), (0, FRAMES - t), value=-torch.inf)
     y, threads = buffers.empty(q.shape, q.dtype), torch.get_num_threads()
-    call = _Timeline(_at(q), _at(k), _at(v), _at(table), _at(bias), None, _at(y), b, t, n, heads, size, threads)
+    call = _Timeline(
+        _at(q), _at(k), _at(v), _at(table), _at(bias), None, _at(y), b, t, n, heads, size,
+        q.dtype is torch.bfloat16, threads,
+    )  # fmt: skip
     with _scratch(threads * _library.over_time_room(ctypes.byref(call))) as room:
         call.rooms = _at(room)
         _library.attend_over_time(ctypes.byref(call))

@@ -21,12 +21,13 @@ inline float highest(V x) {
     return high;
 }
 
-// 2^(score - most) in place of some scores, and their sum; what is no number stays so.
-inline float powers(float* scores, int64_t wide, float most) {
+// 2^(score - most) of some scores, which may lie in the same place, and their sum; what is no number stays so.
+template <typename F>
+inline float powers(const float* scores, int64_t wide, float most, F* to) {
     V sum = {};
     for (int64_t i = 0; i < wide; i += LANES) {
         const V power = two_to(larger(V{} - 125.0f, load(scores + i) - most));
-        store(scores + i, power);
+        store(to + i, power);
         sum += power;
     }
     float total = 0;
@@ -35,41 +36,48 @@ inline float powers(float* scores, int64_t wide, float most) {
 }
 
 struct Attention {
-    const float *q, *k, *v;
-    float *rooms, *y;
+    const void *q, *k, *v;  // of floats, or where `brief` says so of bfloat16; as is y
+    float* rooms;
+    void* y;
     int64_t clips, queries, keys, heads, size;  // size: channels of a head
-    int64_t threads;
+    int64_t brief, threads;
 };
 
 // A piece of work is some queries of a head. Their scores with some keys at a time become powers of two that are at
 // most 1, by the largest score so far; where a larger one comes, what was summed up before shrinks.
+template <typename T>
 struct Attend : Attention {
+    typedef Factor<T> F;
+
     const int64_t channels = heads * size, panels = (keys + PANEL - 1) / PANEL, padded = panels * PANEL;
     const int64_t stages = (panels + KEYS - 1) / KEYS, widest = (panels + stages - 1) / stages * PANEL;
     const int64_t groups = (queries + ROWS - 1) / ROWS, blocks = (queries + QUERIES - 1) / QUERIES;
     const int64_t jobs = clips * heads * blocks;
-    float* const turned = rooms;                                   // k: "clips heads panels size PANEL"
-    float* const values = turned + clips * heads * padded * size;  // v: "clips heads size/PANEL padded PANEL"
-    float* const owns = values + clips * heads * padded * size;
+    const int64_t all = clips * heads * padded * size;
+    F* const turned = reinterpret_cast<F*>(rooms);  // k: "clips heads panels size PANEL"
+    F* const values = turned + all;                 // v: "clips heads size/PANEL padded PANEL"
+    float* const owns = rooms + floats<F>(2 * all);
 
     explicit Attend(const Attention& a) : Attention(a) {}
 
-    int64_t own() const { return QUERIES * (2 * size + widest); }
-    int64_t room() const { return 2 * clips * heads * padded * size + threads * own(); }
+    int64_t own() const { return QUERIES * (size + widest) + floats<F>(QUERIES * (size + widest)); }
+    int64_t room() const { return floats<F>(2 * all) + threads * own(); }
 
     // Keys and values of a head as `product` wants them, zero behind the last.
     void arrange(int64_t head) const {
         const int64_t from = head / heads * keys * channels + head % heads * size;
-        float *const to_k = turned + head * padded * size, *const to_v = values + head * padded * size;
+        const T *const from_k = static_cast<const T*>(k) + from, *const from_v = static_cast<const T*>(v) + from;
+        F *const to_k = turned + head * padded * size, *const to_v = values + head * padded * size;
         for (int64_t key = 0; key < padded; key += PANEL)
             for (int64_t i = 0; i < size; i++)
-                for (int64_t o = key; o < key + PANEL; o++)
-                    to_k[key * size + i * PANEL + o - key] = o < keys ? k[from + o * channels + i] : 0;
+                for (int64_t o = 0; o < PANEL; o++)
+                    set(to_k[key * size + place_of<F>(i, o)],
+                        key + o < keys ? from_k[(key + o) * channels + i] : T{});
         for (int64_t ch = 0; ch < size; ch += PANEL)
             for (int64_t key = 0; key < padded; key++)
-                for (int v = 0; v < PANEL; v += LANES)
-                    store(to_v + ch * padded + key * PANEL + v,
-                          key < keys ? load(this->v + from + key * channels + ch + v) : V{});
+                for (int64_t o = 0; o < PANEL; o++)
+                    set(to_v[ch * padded + place_of<F>(key, o)],
+                        key < keys ? from_v[key * channels + ch + o] : T{});
     }
 
     void work(int64_t job, float* own) const {
@@ -77,27 +85,28 @@ struct Attend : Attention {
         const int64_t first = part * groups / blocks * ROWS;
         const int64_t count = std::min((part + 1) * groups / blocks * ROWS, queries) - first;
         const int64_t at = (head / heads * queries + first) * channels + head % heads * size;
-        float* const scaled = own;                    // "QUERIES size", of which those beyond `count` hold anything
-        float* const sums = own + QUERIES * size;     // "QUERIES size"
-        float* const scores = sums + QUERIES * size;  // "QUERIES keys"
+        float* const sums = own;                                    // "QUERIES size"
+        float* const scores = sums + QUERIES * size;                // "QUERIES keys"
+        F* const asked = reinterpret_cast<F*>(scores + QUERIES * widest);  // "QUERIES size", beyond `count` anything
+        F* const shares = asked + QUERIES * size;                   // "QUERIES keys"
         float most[QUERIES], total[QUERIES], shrink[QUERIES];
 
-        const float scale = LOG2_E / std::sqrt(static_cast<float>(size));
+        const T* const source = static_cast<const T*>(q);
         for (int64_t r = 0; r < count; r++)
-            for (int64_t i = 0; i < size; i++) scaled[r * size + i] = q[at + r * channels + i] * scale;
+            for (int64_t i = 0; i < size; i += LANES) store(asked + r * size + i, load(source + at + r * channels + i));
         std::fill_n(sums, QUERIES * size, 0.0f);
         std::fill_n(most, QUERIES, -FLT_MAX);
         std::fill_n(total, QUERIES, 0.0f);
 
         for (int64_t stage = 0; stage < stages; stage++) {
             const int64_t from = stage * panels / stages, wide = ((stage + 1) * panels / stages - from) * PANEL;
-            score(head, from, wide, count, scaled, scores, most, shrink);
+            score(head, from, wide, count, asked, scores, most, shrink);
             for (int64_t r = 0; r < count; r++)
-                total[r] = total[r] * shrink[r] + powers(scores + r * wide, wide, most[r]);
+                total[r] = total[r] * shrink[r] + powers(scores + r * wide, wide, most[r], shares + r * wide);
             for (int64_t ch = 0; ch < size; ch += PANEL) {
-                const float* b = values + head * padded * size + ch * padded + from * PANEL * PANEL;
+                const F* b = values + head * padded * size + ch * padded + from * PANEL * PANEL;
                 for (int64_t p = 0; p < count; p += ROWS)
-                    product(scores + p * wide, 0, b, 1, wide, [&](int r, int v, V sum) {
+                    product(shares + p * wide, wide, 0, b, 1, wide, [&](int r, int v, V sum) {
                         float* const to = sums + (p + r) * size + ch + v * LANES;
                         store(to, load(to) * shrink[p + r] + sum);
                     });
@@ -105,21 +114,24 @@ struct Attend : Attention {
         }
         for (int64_t r = 0; r < count; r++) {
             const float share = 1 / total[r];
-            for (int64_t i = 0; i < size; i++) y[at + r * channels + i] = sums[r * size + i] * share;
+            for (int64_t i = 0; i < size; i += LANES)
+                store(static_cast<T*>(y) + at + r * channels + i, load(sums + r * size + i) * share);
         }
     }
 
     // Scores of all queries with the keys of the panels from `from` on, the largest score of every query so far, and by
     // what the sums before it shrink.
-    void score(int64_t head, int64_t from, int64_t wide, int64_t count, const float* scaled, float* scores, float* most,
+    void score(int64_t head, int64_t from, int64_t wide, int64_t count, const F* asked, float* scores, float* most,
                float* shrink) const {
+        const float scale = LOG2_E / std::sqrt(static_cast<float>(size));
         V best[QUERIES];
         std::fill_n(best, QUERIES, V{} - INFINITY);
         for (int64_t key = 0; key < wide; key += PANEL) {
             const int64_t there = keys - (from * PANEL + key);  // keys from this panel on
-            const float* b = turned + head * padded * size + (from * PANEL + key) * size;
+            const F* b = turned + head * padded * size + (from * PANEL + key) * size;
             for (int64_t p = 0; p < count; p += ROWS)
-                product(scaled + p * size, 0, b, 1, size, [&](int r, int v, V sum) {
+                product(asked + p * size, size, 0, b, 1, size, [&](int r, int v, V sum) {
+                    sum *= scale;
                     if (there < PANEL)
                         for (int lane = 0; lane < LANES; lane++)
                             if (v * LANES + lane >= there) sum[lane] = -INFINITY;
@@ -147,16 +159,22 @@ struct Attend : Attention {
 };
 
 struct Timeline {
-    const float *q, *k, *v;
+    const void *q, *k, *v;    // as in Attention
     const float* turns;  // "frames 2 size": factors of a channel, and of the other of its pair
     const float* bias;   // "heads frames PANEL", in powers of two, minus infinity behind the last frame
-    float *rooms, *y;
+    float* rooms;
+    void* y;
     int64_t clips, frames, pixels, heads, size;  // size: channels of a head
-    int64_t threads;
+    int64_t brief, threads;
 };
 
 // A piece of work is all frames, up to PANEL, and all heads of some pixels.
+template <typename T>
 struct OverTime : Timeline {
+    const T* const asking = static_cast<const T*>(q);
+    const T* const asked = static_cast<const T*>(k);
+    const T* const told = static_cast<const T*>(v);
+    T* const result = static_cast<T*>(y);
     static constexpr int64_t PIXELS = 16, MOST = (PANEL + ROWS - 1) / ROWS * ROWS;  // MOST: rows for PANEL frames
     const int64_t channels = heads * size, blocks = (pixels + PIXELS - 1) / PIXELS;
 
@@ -183,20 +201,20 @@ struct OverTime : Timeline {
 
         for (int64_t n = 0; n < frames; n++)
             for (int64_t ch = 0; ch < size; ch += LANES) {
-                store(queries + n * size + ch, turned(load(q + at + n * far + ch), n, ch) * scale);
-                store(keys + n * size + ch, turned(load(k + at + n * far + ch), n, ch));
-                store(values + ch / PANEL * PANEL * PANEL + n * PANEL + ch % PANEL, load(v + at + n * far + ch));
+                store(queries + n * size + ch, turned(load(asking + at + n * far + ch), n, ch) * scale);
+                store(keys + n * size + ch, turned(load(asked + at + n * far + ch), n, ch));
+                store(values + ch / PANEL * PANEL * PANEL + n * PANEL + ch % PANEL, load(told + at + n * far + ch));
             }
         for (int64_t ch = 0; ch < size; ch++)
             for (int64_t n = 0; n < frames; n++) flat[ch * PANEL + n] = keys[n * size + ch];
         for (int64_t p = 0; p < frames; p += ROWS)
-            product(queries + p * size, 0, flat, 1, size,
+            product(queries + p * size, size, 0, flat, 1, size,
                     [&](int r, int v, V sum) { store(scores + (p + r) * PANEL + v * LANES, sum); });
         for (int64_t n = 0; n < frames; n++) soften(scores + n * PANEL, bias + (head * frames + n) * PANEL);
         for (int64_t ch = 0; ch < size; ch += PANEL)
             for (int64_t p = 0; p < frames; p += ROWS)
-                product(scores + p * PANEL, 0, values + ch * PANEL, 1, PANEL, [&](int r, int v, V sum) {
-                    if (p + r < frames) store(y + at + (p + r) * far + ch + v * LANES, sum);
+                product(scores + p * PANEL, PANEL, 0, values + ch * PANEL, 1, PANEL, [&](int r, int v, V sum) {
+                    if (p + r < frames) store(result + at + (p + r) * far + ch + v * LANES, sum);
                 });
     }
 
@@ -216,7 +234,7 @@ struct OverTime : Timeline {
             best = larger(best, score);
             store(scores + v, score);
         }
-        const float share = 1 / powers(scores, PANEL, highest(best));
+        const float share = 1 / powers(scores, PANEL, highest(best), scores);
         for (int v = 0; v < PANEL; v += LANES) store(scores + v, load(scores + v) * share);
     }
 
@@ -231,19 +249,31 @@ struct OverTime : Timeline {
     }
 };
 
+// What `call` gives for attention of numbers of this type.
+template <template <typename> typename Way, typename Given, typename Call>
+auto by(const Given& given, const Call& call) {
+    return given.brief ? call(Way<Brief>(given)) : call(Way<float>(given));
+}
+
 }  // namespace
 
 extern "C" {
 
 // Numbers `attend` needs, for all its threads together.
-int64_t attend_room(const Attention* a) { return Attend(*a).room(); }
+int64_t attend_room(const Attention* a) {
+    return by<Attend>(*a, [](const auto& way) { return way.room(); });
+}
 
-void attend(const Attention* a) { Attend(*a).compute(); }
+void attend(const Attention* a) {
+    by<Attend>(*a, [](const auto& way) { way.compute(); });
+}
 
 // Numbers `attend_over_time` needs for each of its threads.
-int64_t over_time_room(const Timeline* t) { return OverTime(*t).own(); }
+int64_t over_time_room(const Timeline* t) { return OverTime<float>(*t).own(); }
 
-void attend_over_time(const Timeline* t) { OverTime(*t).compute(); }
+void attend_over_time(const Timeline* t) {
+    by<OverTime>(*t, [](const auto& way) { way.compute(); });
+}
 
 // By which the caller knows that it has the same structures.
 int64_t attention_sizes() { return sizeof(Attention) | sizeof(Timeline) << 10; }

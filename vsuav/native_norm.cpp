@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #include <omp.h>
@@ -10,14 +9,6 @@
 #include "native.h"
 
 namespace {
-
-inline float number(float x) { return x; }
-inline float number(Brief x) {
-    const uint32_t bits = static_cast<uint32_t>(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, sizeof y);
-    return y;
-}
 
 struct Norm {
     const void* x;  // of floats, or where `brief` says so of bfloat16

@@ -34,9 +34,6 @@ from vsuav.turns import worker, working_threads
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-BFLOAT16_UNITS = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported, "amx": torch.cpu._is_amx_tile_supported}
-"""What a CPU may multiply bfloat16 numbers with, and how to find out."""
-
 
 class NetworkError(RuntimeError):
     """The networks gave something that is no picture, or the device could not hold them."""
@@ -63,7 +60,7 @@ def auto_dtype(dtype: str, device: str) -> str:
         return dtype
     if device != "cpu":
         return "float16"
-    return "bfloat16" if any(there() for there in BFLOAT16_UNITS.values()) else "float32"
+    return "bfloat16" if native.BFLOAT16 else "float32"
 
 
 def decoder_dtype(dtype: str) -> torch.dtype:
@@ -79,9 +76,8 @@ def device_memory(device: str) -> int:
 def device_kind(device: str) -> str:
     """The kind of device and the versions of the libraries, as far as they decide the last bit of a result."""
     if device == "cpu":
-        matrix = [name for name, there in BFLOAT16_UNITS.items() if there()]
         own = [f"native {native.KIND}"] if native.KIND else []
-        kind = " ".join(("cpu", platform.machine(), torch.backends.cpu.get_cpu_capability(), *matrix, *own))
+        kind = " ".join(("cpu", platform.machine(), torch.backends.cpu.get_cpu_capability(), *native.BFLOAT16, *own))
     else:
         kind = f"cuda {torch.cuda.get_device_name(device)} {torch.version.cuda}"
     return f"{kind} torch {torch.__version__} {LIBRARY}"

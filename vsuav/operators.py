@@ -49,10 +49,10 @@ def as_frame(x: Tensor) -> Tensor:
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
     """x "… i" -> x weightᵀ + bias + add "… o"."""
+    if inferring(x, weight) and native.multiplies(x, weight):
+        y = native.affine(as_frame(x), weight, bias, None if add is None else as_frame(add))
+        return y.view(*x.shape[:-1], -1)
     if fused(x, weight):
-        if native.multiplies(x, weight):
-            y = native.affine(as_frame(x), weight, bias, None if add is None else as_frame(add))
-            return y.view(*x.shape[:-1], -1)
         if add is None:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(x, add.contiguous(), weight, bias, "add")
@@ -62,10 +62,10 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = 
 
 def gated(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """a GELU(g), exact GELU, where (a, g) are the halves of x weightᵀ + bias."""
+    if inferring(x, weight) and native.multiplies(x, weight[: len(weight) // 2]):
+        return native.affine(as_frame(x), weight, bias, gated=True).view(*x.shape[:-1], -1)
     if fused(x, weight):
         (weight_a, weight_g), (bias_a, bias_g) = weight.chunk(2), bias.chunk(2)
-        if native.multiplies(x, weight_a):
-            return native.affine(as_frame(x), weight, bias, gated=True).view(*x.shape[:-1], -1)
         gate = torch.ops.mkldnn._linear_pointwise(x, weight_g, bias_g, "gelu", [], "none")
         return torch.ops.mkldnn._linear_pointwise.binary(x, gate, weight_a, bias_a, "mul")
     a, g = F.linear(x, weight, bias).chunk(2, dim=-1)
