@@ -35,8 +35,7 @@ from vsuav.store import Store
 from vsuav.turns import working_threads
 
 there = pytest.mark.skipif(native.KIND is None, reason="this CPU has no machine code here, or it was not compiled")
-NAMES = "native.cpp", "native_norm.cpp", "native_attention.cpp", "native_propagation.cpp"
-SOURCES = [Path(native.__file__).with_name(name) for name in NAMES]
+SOURCES = sorted(Path(native.__file__).parent.glob("native*.cpp"))
 
 
 def clip_of(b, c, t, h, w):
@@ -92,7 +91,8 @@ def test_code_from_other_source_is_refused(monkeypatch):
 def test_code_for_pairs_is_taken_where_the_cpu_multiplies_them(monkeypatch):
     plain = torch.backends.cpu.get_cpu_capability().lower()
     for_pairs = any(Path(native.__file__).parent.glob(f"_native_{plain}_bf16.*.so"))  # not made by every compiler
-    assert native.KIND == (f"{plain}_bf16" if "avx512_bf16" in native.BFLOAT16 and for_pairs else plain)
+    wanted = f"{plain}_bf16" if "avx512_bf16" in native.BFLOAT16 and for_pairs else plain
+    assert wanted == native.KIND
     monkeypatch.setattr(native, "BFLOAT16", ())
     assert native._built()[0] == plain
 
@@ -160,9 +160,9 @@ def test_convolutions_of_bfloat16_are_float32s_rounded(
 @there
 @settings(max_examples=60, deadline=None)
 @given(
-    b=st.integers(1, 2), t=st.integers(1, 5), h=st.integers(1, 13), w=st.integers(1, 13), block=st.sampled_from([12, 48]),
-    inputs=st.sampled_from([16, 48, 512]), outputs=st.sampled_from([3, 16, 32]), volume=st.booleans(),
-    added=st.booleans(), enlarge=st.sampled_from([1, 2]), seed=st.integers(0, 9),
+    b=st.integers(1, 2), t=st.integers(1, 5), h=st.integers(1, 13), w=st.integers(1, 13),
+    block=st.sampled_from([12, 48]), inputs=st.sampled_from([16, 48, 512]), outputs=st.sampled_from([3, 16, 32]),
+    volume=st.booleans(), added=st.booleans(), enlarge=st.sampled_from([1, 2]), seed=st.integers(0, 9),
 )  # fmt: skip
 def test_small_tiles_of_bfloat16(library, b, t, h, w, block, inputs, outputs, volume, added, enlarge, seed):
     """Of whole numbers, exactly; of any, normalised or not, as well as their sums are rounded."""
@@ -275,8 +275,8 @@ def test_linear_layers_of_bfloat16(library, b, t, pixels, inputs, outputs, taps,
     torch.manual_seed(seed)
     m, bias = whole_numbers(b, t, pixels, inputs), whole_numbers(outputs) if biased else None
     weight, add = whole_numbers(outputs, inputs, taps), whole_numbers(b, t, pixels, outputs) if added else None
-    fine, norm = torch.randn(outputs, inputs, taps) / (taps * inputs) ** 0.5, (torch.rand(b, inputs), torch.randn(b, inputs))
-    fine = fine.bfloat16()
+    fine = (torch.randn(outputs, inputs, taps) / (taps * inputs) ** 0.5).bfloat16()
+    norm = torch.rand(b, inputs), torch.randn(b, inputs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "_library", library)
         y = native.affine(m, weight[..., 0] if taps == 1 else weight, bias, add)

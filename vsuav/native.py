@@ -156,7 +156,8 @@ def convolve(
             a multiple of 16.
         bias: "o".
         add: "b t h w o", contiguous and of the same type, what is added to the result.
-        norm: scale and shift "b i", float32, before which nothing is activated: without it the convolution is of m itself.
+        norm: scale and shift "b i", float32, before which nothing is activated: without it the convolution is of m
+            itself.
         enlarge: by how much m is enlarged, by nearest neighbour, before it is convolved; then h and w of the result are
             so many times as large.
         activate: the result is SiLU of all that.
@@ -213,7 +214,8 @@ def affine(
             o is a multiple of 16.
         bias: "o", or None where nothing is gated.
         add: "b t … o", contiguous and of the same type, what is added to the result.
-        norm: scale and shift "b i", float32: what is multiplied is SiLU(scale m + shift) instead of m; i is a multiple of 16.
+        norm: scale and shift "b i", float32: what is multiplied is SiLU(scale m + shift) instead of m; i is a multiple
+            of 16.
         gated: the result is a GELU(g), where a and g are the halves of what weight "2o i" and bias "2o" give.
     """
     b, t, inputs = m.shape[0], m.shape[1], m.shape[-1]
