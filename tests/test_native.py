@@ -611,7 +611,8 @@ def test_linear_layers_give_the_same_without_it(rows, added, monkeypatch):
         (32, 48, 32, torch.float32, True), (32, 40, 32, torch.float32, False), (24, 32, 32, torch.float32, False),
         (16, 32, 32, torch.float32, False), (32, 5, 32, torch.float32, True), (256, 5, 32, torch.float32, False),
         (32, 48, 31, torch.float32, False), (32, 48, 32, torch.bfloat16, "amx" not in native.BFLOAT16),
-        (32, 48, 32, torch.float64, False),
+        (32, 48, 32, torch.float64, False), (256, 32, 16, torch.float32, False),
+        (256, 32, 16, torch.bfloat16, native.KIND == "avx512_bf16"),
     ],
 )  # fmt: skip
 def test_layers_take_it_where_it_pays(inputs, outputs, side, dtype, taken, monkeypatch):

@@ -16,14 +16,8 @@ extern "C" int64_t attention_sizes();
 namespace {
 
 constexpr int64_t RUN = 8;   // tiles side by side: what they read fits into the nearest cache
+constexpr int64_t ALONG = 32;  // input channels whose weights are read together
 constexpr int64_t DEEP = 3;  // frames of a convolution over three whose results are computed together
-
-// Some numbers of as many rows as are multiplied at once, of the matrix that `product` wants.
-inline void store_rows(float* to, const V* row, int) { store(to, *row); }
-inline void store_rows(Brief* to, const V* row, int far) {
-    const U both = rounded(row[0]) >> 16 | rounded(row[far]);
-    std::memcpy(to, &both, sizeof both);
-}
 
 struct Convolution {
     const void* x;  // of floats, or where `brief` says so of bfloat16; as are weight, add and y
@@ -69,24 +63,31 @@ struct Layer : Convolution {
 
     // `factors`, of one panel and tap
     void weigh(int64_t panel, int64_t tap) const {
-        constexpr int EACH = sizeof(float) / sizeof(F);  // rows multiplied at once
-        for (int64_t i = 0; i < in; i += EACH)
-            for (int v = 0; v < VECTORS; v++) {
-                V u[EACH * SUMS];
-                for (int row = 0; row < EACH; row++) weigh(panel * PANEL + v * LANES, tap, i + row, u + row * SUMS);
-                F* const to = factors + (panel * depth + tap * in + i) * PANEL + v * LANES * EACH;
-                for (int k = 0; k < SUMS; k++) store_rows(to + k * far, u + k, SUMS);
-            }
+        constexpr int64_t EACH = sizeof(float) / sizeof(F);  // rows multiplied at once
+        T some[9][ALONG][PANEL] = {};                        // of the weights: so each line of the cache is read once
+        const int64_t present = std::min<int64_t>(out - panel * PANEL, PANEL);
+        for (int64_t first = 0; first < in; first += ALONG) {
+            const int64_t count = std::min(ALONG, in - first);
+            for (int64_t o = 0; o < present; o++)
+                for (int k = 0; k < 9; k++) {
+                    const T* w = kernel + (panel * PANEL + o) * by_out + first * by_in + tap * by_tap;
+                    w += k / 3 * by_row + k % 3 * by_column;
+                    for (int64_t i = 0; i < count; i++) some[k][i][o] = w[i * by_in];
+                }
+            for (int64_t i = 0; i < count; i += EACH)
+                for (int v = 0; v < VECTORS; v++) {
+                    V u[EACH * SUMS];
+                    for (int64_t row = 0; row < EACH; row++) sums_of(&some[0][i + row][v * LANES], u + row * SUMS);
+                    F* const to = factors + (panel * depth + tap * in + first + i) * PANEL + v * LANES * EACH;
+                    for (int k = 0; k < SUMS; k++) store_rows(to + k * far, u + k, SUMS);
+                }
+        }
     }
 
     // The sums of some output channels' weights for an input channel.
-    void weigh(int64_t first, int64_t tap, int64_t i, V* u) const {
-        V g[9] = {}, half[3 * SPAN], line[SPAN];
-        const int64_t present = std::min<int64_t>(out - first, LANES);
-        const T* w = kernel + first * by_out + i * by_in + tap * by_tap;
-        for (int k = 0; k < 9; k++)
-            for (int64_t lane = 0; lane < present; lane++)
-                g[k][lane] = number(w[lane * by_out + k / 3 * by_row + k % 3 * by_column]);
+    static void sums_of(const T* some, V* u) {
+        V g[9], half[3 * SPAN], line[SPAN];
+        for (int k = 0; k < 9; k++) g[k] = load(some + k * ALONG * PANEL);
         for (int k = 0; k < 3; k++) Winograd<TILE>::weights(g + 3 * k, 1, half + SPAN * k);
         for (int k = 0; k < SPAN; k++) {
             Winograd<TILE>::weights(half + k, SPAN, line);

@@ -182,6 +182,13 @@ inline int64_t place_of(int64_t i, int64_t o) {
     return sizeof(F) == sizeof(float) ? i * PANEL + o : (i - i % 2) * PANEL + 2 * o + i % 2;
 }
 
+// Some numbers of as many rows as are multiplied at once, of the matrix that `product` wants.
+inline void store_rows(float* to, const V* row, int) { store(to, *row); }
+inline void store_rows(Brief* to, const V* row, int far) {
+    const U both = rounded(row[0]) >> 16 | rounded(row[far]);
+    std::memcpy(to, &both, sizeof both);
+}
+
 // As many floats as hold `count` numbers.
 template <typename F>
 inline int64_t floats(int64_t count) {

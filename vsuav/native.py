@@ -29,9 +29,9 @@ BFLOAT16_UNITS = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported, "amx": tor
 """What a CPU may multiply bfloat16 numbers with, and how to find out."""
 BFLOAT16 = tuple(name for name, there in BFLOAT16_UNITS.items() if there())
 """What this one does."""
-LEAST, MULTIPLE, MANY = 32, 16, 2048
+LEAST, MULTIPLE, MANY, FEW = 32, 16, 2048, 512
 """Least channels, in and out, of convolutions that are computed here; what channels must be a multiple of, unless fewer
-come out; least pixels of all frames together, or rows of a linear layer."""
+come out; least pixels of all frames together, or rows of a linear layer, and pixels of wide convolutions by pairs."""
 BLOCK, WIDE, MOST = 12, 256, 96
 """Tiles computed together are a multiple of BLOCK, which is also the least number of pixels of a frame over time. Of
 inputs with WIDE channels or more, at most MOST are computed together."""
@@ -137,11 +137,17 @@ def computes(x: Tensor, channels: int) -> bool:
     return reads(x, channels) and (x.dtype is torch.float32 or "amx" not in BFLOAT16)
 
 
+def by_pairs(x: Tensor) -> bool:
+    """Are products of it made of pairs of bfloat16 numbers?"""
+    return x.dtype is torch.bfloat16 and KIND == "avx512_bf16"
+
+
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Is it here that a 3x3 or 3x3x3 convolution of x "b c t h w" with weight "o i … 3 3" is computed fastest?"""
     outputs, inputs = weight.shape[:2]
     few, many = outputs < MULTIPLE and inputs < WIDE, outputs >= LEAST and outputs % MULTIPLE == 0
-    return computes(x, inputs) and inputs >= LEAST and (few or many) and x[:, 0].numel() >= MANY
+    enough = FEW if inputs >= WIDE and by_pairs(x) else MANY
+    return computes(x, inputs) and inputs >= LEAST and (few or many) and x[:, 0].numel() >= enough
 
 
 def convolve(
@@ -166,8 +172,7 @@ def convolve(
     outputs, taps = len(weight), weight.shape[2] if weight.dim() == 5 else 1
     strides = weight.stride() if weight.dim() == 5 else (*weight.stride()[:2], 0, *weight.stride()[2:])
     bias, (scale, shift) = bias.float().contiguous(), norm or (None, None)
-    pairs = m.dtype is torch.bfloat16 and KIND == "avx512_bf16"
-    tile, block = _tiles(inputs, b * t, h * enlarge, w * enlarge, taps, pairs)
+    tile, block = _tiles(inputs, b * t, h * enlarge, w * enlarge, taps, by_pairs(m))
     y = buffers.empty((b, t, h * enlarge, w * enlarge, outputs), m.dtype)
     call = _Convolution(
         _at(m), _at(scale), _at(shift), _at(weight), _at(bias), _at(add), None, None, _at(y),

@@ -85,10 +85,13 @@ struct Direct : Affine {
     int64_t room() const { return floats<F>((gated ? 2 : 1) * depth * out) + threads * own(); }
 
     void arrange(int64_t panel) const {
-        for (int64_t d = 0; d < depth; d++)
-            for (int64_t o = 0; o < PANEL; o++)
-                set(weights[panel * depth * PANEL + place_of<F>(d, o)],
-                    kernel[(panel * PANEL + o) * by_out + d % in * by_in + d / in * by_tap]);
+        constexpr int64_t ALONG = 32;  // weights of a row that are read together
+        for (int64_t tap = 0; tap < taps; tap++)
+            for (int64_t first = 0; first < in; first += ALONG)
+                for (int64_t o = 0; o < PANEL; o++)
+                    for (int64_t i = first; i < std::min(first + ALONG, in); i++)
+                        set(weights[(panel * depth + tap * in) * PANEL + place_of<F>(i, o)],
+                            kernel[(panel * PANEL + o) * by_out + i * by_in + tap * by_tap]);
     }
 
     void work(int64_t job, float* own) const {
@@ -130,9 +133,9 @@ struct Direct : Affine {
 };
 
 // A convolution over time by Winograd's way: TILE frames together.
-template <int TAPS, typename T>
+template <int TILE, int TAPS, typename T, typename F>
 struct Tiled : Affine {
-    static constexpr int TILE = 4, SPAN = TILE + TAPS - 1;
+    static constexpr int SPAN = TILE + TAPS - 1;
     typedef Winograd<TILE, TAPS> Way;
 
     const T* const kernel = static_cast<const T*>(weight);
@@ -140,15 +143,15 @@ struct Tiled : Affine {
     T* const result = static_cast<T*>(y);
     const int64_t panels = out / PANEL, blocks = (pixels + block - 1) / block, tiles = (frames + TILE - 1) / TILE;
     const int64_t rows = (block + ROWS - 1) / ROWS * ROWS;
-    const int64_t row = spread<float>(in), far = apart<float>(in, out);  // from sum to sum, as the next two
-    const int64_t step = apart<float>(rows, row), place = apart<float>(rows, PANEL);
-    float* const weights = rooms;  // "sums panels in PANEL"
-    float* const owns = weights + SPAN * far;
+    const int64_t row = spread<F>(in), far = apart<F>(in, out);  // from sum to sum, as the next two
+    const int64_t step = apart<F>(rows, row), place = apart<float>(rows, PANEL);
+    F* const weights = reinterpret_cast<F*>(rooms);  // "sums panels in PANEL"
+    float* const owns = rooms + floats<F>(SPAN * far);
 
     explicit Tiled(const Affine& c) : Affine(c) {}
 
-    int64_t own() const { return copied<float>() + SPAN * (step + place); }
-    int64_t room() const { return SPAN * far + threads * own(); }
+    int64_t own() const { return copied<F>() + floats<F>(SPAN * step) + SPAN * place; }
+    int64_t room() const { return floats<F>(SPAN * far) + threads * own(); }
 
     // Does it spare a quarter of the products, or more? (Those with frames that are not there are not made directly.)
     bool pays() const {
@@ -157,21 +160,25 @@ struct Tiled : Affine {
     }
 
     void weigh(int64_t panel) const {
-        for (int64_t i = 0; i < in; i++)
+        constexpr int64_t EACH = sizeof(float) / sizeof(F);  // rows multiplied at once
+        for (int64_t i = 0; i < in; i += EACH)
             for (int v = 0; v < VECTORS; v++) {
-                V g[TAPS], u[SPAN];
+                V g[TAPS] = {}, u[EACH * SPAN];
                 const T* w = kernel + (panel * PANEL + v * LANES) * by_out + i * by_in;
-                for (int tap = 0; tap < TAPS; tap++)
-                    for (int lane = 0; lane < LANES; lane++) g[tap][lane] = number(w[lane * by_out + tap * by_tap]);
-                Way::weights(g, 1, u);
-                for (int k = 0; k < SPAN; k++) store(weights + k * far + (panel * in + i) * PANEL + v * LANES, u[k]);
+                for (int64_t row = 0; row < EACH; row++, w += by_in) {
+                    for (int tap = 0; tap < TAPS; tap++)
+                        for (int lane = 0; lane < LANES; lane++) g[tap][lane] = number(w[lane * by_out + tap * by_tap]);
+                    Way::weights(g, 1, u + row * SPAN);
+                }
+                F* const to = weights + (panel * in + i) * PANEL + v * LANES * EACH;
+                for (int k = 0; k < SPAN; k++) store_rows(to + k * far, u + k, SPAN);
             }
     }
 
     void work(int64_t job, float* own) const {
-        float* const summed = own;                  // "sums pixels in"
-        float* const products = own + SPAN * step;  // "sums pixels PANEL"
-        const Piece<T, float> piece(*this, job, blocks, products + SPAN * place);
+        float* const products = own;                                      // "sums pixels PANEL"
+        F* const summed = reinterpret_cast<F*>(products + SPAN * place);  // "sums pixels in"
+        const Piece<T, F> piece(*this, job, blocks, reinterpret_cast<F*>(own + SPAN * place + floats<F>(SPAN * step)));
         for (int64_t tile = 0; tile < tiles; tile++) {
             sum_up(piece, tile * TILE - TAPS / 2, summed);
             for (int64_t panel = 0; panel < panels; panel++) {
@@ -187,8 +194,8 @@ struct Tiled : Affine {
     }
 
     // The sums of the SPAN frames from `first` on; there is nothing before and behind the clip.
-    void sum_up(const Piece<T, float>& piece, int64_t first, float* to) const {
-        const float* lines[SPAN];
+    void sum_up(const Piece<T, F>& piece, int64_t first, F* to) const {
+        const F* lines[SPAN];
         for (int k = 0; k < SPAN; k++)
             lines[k] = 0 <= first + k && first + k < frames ? piece.x + (first + k) * piece.far : nullptr;
         for (int64_t p = 0; p < piece.count; p++)
@@ -201,7 +208,7 @@ struct Tiled : Affine {
     }
 
     // The pixels of the TILE frames from `first` on, from a panel's products.
-    void finish(const Piece<T, float>& piece, int64_t first, int64_t panel, const float* products) const {
+    void finish(const Piece<T, F>& piece, int64_t first, int64_t panel, const float* products) const {
         const int64_t inside = std::min<int64_t>(TILE, frames - first);
         for (int64_t p = 0; p < piece.count; p++)
             for (int v = 0; v < PANEL; v += LANES) {
@@ -229,16 +236,18 @@ struct Tiled : Affine {
 
 // What `call` gives for the way that a layer is computed.
 template <typename T, typename Call>
-auto by(const Affine& a, const Call& call) {
-    const Tiled<3, T> three(a);
-    const Tiled<5, T> five(a);
+auto by_floats(const Affine& a, const Call& call) {
+    const Tiled<4, 3, T, float> three(a);
+    const Tiled<4, 5, T, float> five(a);
     return three.pays() ? call(three) : five.pays() ? call(five) : call(Direct<T, float>(a));
 }
 
 template <typename Call>
 auto by(const Affine& a, const Call& call) {
-    if (PAIRS && a.brief && a.in % 2 == 0) return call(Direct<Brief, Factor<Brief>>(a));
-    return a.brief ? by<Brief>(a, call) : by<float>(a, call);
+    if (!a.brief) return by_floats<float>(a, call);
+    if (!PAIRS || a.in % 2) return by_floats<Brief>(a, call);
+    const Tiled<2, 3, Brief, Factor<Brief>> three(a);
+    return three.pays() ? call(three) : call(Direct<Brief, Factor<Brief>>(a));
 }
 
 }  // namespace
