@@ -25,10 +25,9 @@ from torch import Tensor
 
 from vsuav import buffers
 
-BFLOAT16_UNITS = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported, "amx": torch.cpu._is_amx_tile_supported}
-"""What a CPU may multiply bfloat16 numbers with, and how to find out."""
-BFLOAT16 = tuple(name for name, there in BFLOAT16_UNITS.items() if there())
-"""What this one does."""
+_UNITS = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported, "amx": torch.cpu._is_amx_tile_supported}
+BFLOAT16 = tuple(name for name, there in _UNITS.items() if there())
+"""What this CPU multiplies bfloat16 numbers with."""
 LEAST, MULTIPLE, MANY, FEW = 32, 16, 2048, 512
 """Least channels, in and out, of convolutions that are computed here; what channels must be a multiple of, unless fewer
 come out; least pixels of all frames together, or rows of a linear layer, and pixels of wide convolutions by pairs."""
