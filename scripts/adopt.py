@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vsuav.checkpoint import Models, find_parts, load
+from vsuav.checkpoint import Models, load
+from vsuav.folders import find_parts
 from vsuav.text import TextEncoder
 from vsuav.vae import VAE, VAEConfig
 

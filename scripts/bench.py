@@ -37,7 +37,8 @@ from plain import PlainDecoder, PlainUNet
 from safetensors.torch import save_file
 
 from vsuav import native
-from vsuav.checkpoint import bundled, load
+from vsuav.checkpoint import load
+from vsuav.folders import bundled
 from vsuav.layers import lay_out
 from vsuav.networks import TORCH_DTYPES, auto_dtype, choose
 from vsuav.tiling import CHUNK, WINDOW

@@ -16,7 +16,8 @@ from degrade import read_video
 from safetensors.torch import load_file, save_file
 
 from vsuav import checkpoint
-from vsuav.checkpoint import ModelError, convert, load, locate
+from vsuav.checkpoint import ModelError, convert, load
+from vsuav.folders import bundled
 from vsuav.unet import UNetConfig, UNetVideo, set_temporal, temporal_parameters
 from vsuav.vae import VAE, VAEConfig
 
@@ -345,46 +346,6 @@ def test_stored_states_must_fit_the_network(spoilt):
     assert f"(5, 7), the U-Net takes (l, {layouts.WIDTH})" in refused(folder)
 
 
-@pytest.fixture
-def network_off(monkeypatch):
-    """Any connection is an error, and the hub's client believes it is online."""
-    import socket
-
-    import huggingface_hub.constants
-
-    def refuse(*args, **kwargs):
-        raise OSError("no network in tests")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
-def test_local_paths_never_reach_for_the_hub(monkeypatch, tmp_path, folders):
-    monkeypatch.setattr(checkpoint, "fetch", lambda *_, **__: pytest.fail("asked the hub"))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models").mkdir()
-    for name in ("models/absent", "./owner/name", "/no/such/place", "~/nothing/here", "absent", "a/b/c", "C:\\x"):
-        with pytest.raises(ModelError, match="does not exist"):
-            locate(name)
-    shutil.copytree(folders["vsuav"], tmp_path / "owner" / "name")
-    assert locate("owner/name") == Path("owner/name")
-
-
-def test_hub_ids_work_offline_once_cached(monkeypatch, tmp_path, folders, network_off):
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match="upscaler is no folder, not in the hub's cache, and cannot be fetched"):
-        load("somebody/upscaler")
-    repository = tmp_path / "models--somebody--upscaler"
-    shutil.copytree(folders["vsuav"], repository / "snapshots" / "abc")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("abc")
-    assert load("somebody/upscaler").digest == load(folders["vsuav"]).digest
-
-
 PEAK = """
 import os, resource, sys, torch
 import vsuav.checkpoint as checkpoint
@@ -445,14 +406,66 @@ def test_latents_of_unlike_width_are_refused(tmp_path, monkeypatch):
     assert "latents of 4 channels, the U-Net's have 6" in refused(folder)
 
 
-@pytest.mark.skipif(checkpoint.bundled() is None, reason="models/mini is not here")
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"block_out_channels": [8, 16]}, "must enlarge 4 times and give 3 colours, this one enlarges 2 times"),
+        ({"block_out_channels": [8, 8, 8, 16]}, "this one enlarges 8 times"),
+        ({"out_channels": 4}, "this one enlarges 4 times and gives 4"),
+        ({"scaling_factor": 0}, "scaling_factor must be a finite number above 0, got 0"),
+        ({"scaling_factor": None}, "scaling_factor must be a finite number above 0, got None"),
+    ],
+)
+def test_decoders_that_give_no_picture_of_the_right_size(spoilt, change, says):
+    path = spoilt("vsuav") / "vae" / "config.json"
+    config = json.loads(path.read_text()) | change
+    for name in ("down_block_types", "up_block_types"):
+        if "block_out_channels" in change:
+            config[name] = config[name][:1] * len(change["block_out_channels"])
+    path.write_text(json.dumps(config))
+    assert says in refused(path.parents[1])
+
+
+@pytest.mark.parametrize("kind", ["vsuav", "uav"])
+def test_weights_must_be_finite_floating_point(spoilt, kind):
+    folder = spoilt(kind)
+    path = folder / ("unet/unet_video.bin" if kind == "uav" else "unet/diffusion_pytorch_model.safetensors")
+    tensors, write = (torch.load(path), torch.save) if kind == "uav" else (load_file(path), save_file)
+    write(tensors | {"conv_in.bias": tensors["conv_in.bias"].fill_(float("nan"))}, path)
+    assert "conv_in.bias holds values that are not finite in float32" in refused(folder)
+    write(tensors | {"conv_in.bias": torch.full_like(tensors["conv_in.bias"], 70000)}, path)
+    with pytest.raises(ModelError, match="not finite in float16"):
+        load(folder, torch.float16)
+    write(tensors | {"conv_in.bias": torch.ones(len(tensors["conv_in.bias"]), dtype=torch.int8)}, path)
+    assert "conv_in.bias is of type int8: weights must be floating point" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        (None, "NoneType"),
+        ({"defaults": None}, "NoneType"),
+        ({"presets": {"quick": {"steps": 0}}, "defaults": {}}, "steps must be between 1 and 1000, got 0"),
+        ({"presets": {"quick": ["steps"]}, "defaults": {}}, "list"),
+        ({"defaults": {"noise_level": "high"}}, "noise_level must be a whole number between 0 and 350, got 'high'"),
+        ({"defaults": {"preset": "slow"}}, "preset must be one of"),
+    ],
+)
+def test_settings_of_a_model_that_cannot_be_used(spoilt, own, says):
+    path = spoilt("vsuav") / "model_index.json"
+    path.write_text(json.dumps({"_class_name": "VsuavPipeline", "vsuav": own}))
+    said = refused(path.parent)
+    assert 'model_index.json: "vsuav" must hold defaults and presets' in said and says in said
+
+
+@pytest.mark.skipif(bundled() is None, reason="models/mini is not here")
 def test_the_bundled_model_loads():
     models = load()
     assert models.kind == "vsuav" and models.path.name == "mini" and load("mini").digest == models.digest
     assert models.text.encode(models.defaults["prompt"]).shape[1] == models.unet.config.cross_attention_dim
 
 
-@pytest.mark.skipif(checkpoint.bundled() is None, reason="models/mini is not here")
+@pytest.mark.skipif(bundled() is None, reason="models/mini is not here")
 def test_the_bundled_vaes_code_pictures():
     """Either encoder and decoder bring back some of what the reduced frame lost."""
     models = load()

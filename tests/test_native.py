@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vsuav import native
-from vsuav.checkpoint import load, locate
+from vsuav.checkpoint import load
 from vsuav.engine import Engine
 from vsuav.enlarger import Plain
 from vsuav.flow import origins
+from vsuav.folders import locate
 from vsuav.layers import (
     FrameConv,
     JointNorm,
@@ -377,7 +378,7 @@ def turned(x, turns):
 def test_attention_over_time(library, b, t, n, heads, size, pairs, seed):
     torch.manual_seed(seed)
     q, k, v = (2 * torch.randn(b, t, n, heads * size) for _ in range(3))
-    turns, bias = torch.polar(torch.ones(t, pairs), torch.randn(t, pairs)), torch.randn(heads, t, t)
+    turns, bias = torch.polar(torch.ones(t, pairs), torch.randn(t, pairs)), torch.randn(t, t, heads).permute(2, 0, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "_library", library)
         y = native.attend_over_time(q, k, v, heads, turns, bias)

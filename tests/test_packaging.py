@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
 from pathlib import Path
-import vsuav, vsuav.checkpoint
-folder = vsuav.checkpoint.bundled()
+import vsuav, vsuav.checkpoint, vsuav.folders
+folder = vsuav.folders.bundled()
 assert Path(vsuav.__file__).is_relative_to(Path.cwd().parent / "site"), vsuav.__file__
 assert folder == Path(vsuav.__file__).parent / "models" / "mini", folder
 models = vsuav.checkpoint.load()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import toy
 import vapoursynth as vs
 from clips import ask, clip_of, digest, pixels, restored
@@ -144,6 +145,42 @@ def test_truncated_weights_are_one_clear_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+NOISE = "scheduler/scheduler_config"
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "arguments", "says"),
+    [
+        ("unet/config", {"max_noise_level": 100}, {"noise_level": 101}, "between 0 and 100"),
+        ("low_res_scheduler/scheduler_config", {"num_train_timesteps": 10}, {}, "noise_level must be between 0 and 9"),
+        (NOISE, {"beta_start": 0, "timestep_spacing": "leading", "steps_offset": 0}, {"solver": "unipc"}, "unipc needs"),
+        (NOISE, {"steps_offset": -600}, {}, "steps_offset must be a whole number between 0"),
+        (NOISE, {"num_train_timesteps": 10**13}, {}, "num_train_timesteps must be a whole"),
+        (NOISE, {"snr_shift_scale": 3}, {}, "snr_shift_scale is not supported, got 3"),
+    ],
+)  # fmt: skip
+def test_what_a_model_cannot_do_is_said_at_the_call(tmp_path, part, change, arguments, says):
+    path = toy.write(tmp_path / "model") / f"{part}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(vs.Error, match="upscale: ") as caught:
+        upscale(blank(), model=tmp_path / "model", **arguments)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_prompts_of_unlike_lengths_are_refused_where_they_meet(tmp_path):
+    from safetensors.torch import save_file
+
+    folder = toy.write(tmp_path / "model")
+    states = {"0": torch.ones(5, 16), "1": torch.ones(7, 16)}
+    save_file(states, folder / "prompts.safetensors", metadata={"prompts": json.dumps(["", "blur"])})
+    upscale(blank(), model=folder)
+    with pytest.raises(vs.Error, match=r"states of '' are \(5, 16\), they must be \(7, 16\)"):
+        upscale(blank(), model=folder, guidance_scale=3)
+    clip = upscale(blank().std.SetFrameProps(_UAVPrompt="rain"), model=folder)
+    with pytest.raises(vs.Error, match="upscale: the model has no text encoder, only stored prompts"):
+        clip.get_frame(0)
+
+
 class Bomb:
     def __reduce__(self):
         return (os.mkdir, (os.environ["VSUAV_TEST_BOMB"],))
@@ -167,7 +204,7 @@ def test_a_network_that_gives_no_picture_is_an_error_that_says_what_to_try(tmp_p
     folder = toy.write(tmp_path / "model")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     state = load_file(weights)
-    state["conv_out.bias"] += float("inf")
+    state["conv_out.bias"] += 1e30
     save_file(state, weights)
     clip = upscale(blank(length=8), model=folder, dtype="float32", threads=1)
     with pytest.raises(vs.Error, match=r"upscale: frames \d+ to \d+ .*float32.*try"):

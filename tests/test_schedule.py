@@ -170,7 +170,7 @@ def test_no_solver_reads_more_history_than_it_says(solver):
         ({"trained_betas": [0.1, 0.2]}, "trained_betas is not supported"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is not supported"),
         ({"beta_end": 1.5}, "betas must satisfy"),
-        ({"num_train_timesteps": 0}, "num_train_timesteps must be at least 1"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps must be a whole number between 1 and 65536, got 0"),
     ],
 )
 def test_a_configuration_that_would_be_misread_is_refused(change, message):

@@ -257,7 +257,7 @@ def test_no_attention_where_it_is_left_out():
         ({"use_quant_conv": False}, "use_quant_conv must be True, got False"),
         ({"shift_factor": 0.1}, "unknown setting shift_factor = 0.1"),
         ({"up_block_types": ["UpDecoderBlock3D"] * 2}, "one entry for each of the 3"),
-        ({"mid_block_layers": 0}, "mid_block_layers must be at least 1, got 0"),
+        ({"mid_block_layers": 0}, "mid_block_layers must be a whole number between 1 and 64, got 0"),
         (
             {"enlarger_channels": 8},
             "enlarger_channels needs bicubic_skip and num_class_embeds, got 8 with False and None",

@@ -107,10 +107,14 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         header({"a": F32 | {"shape": [3]}}, bytes(8)),  # shape and bytes disagree
         header({"a": F32 | {"dtype": "F99"}}, bytes(8)),
         header({"a": F32}, bytes(9)),  # trailing bytes
+        header({"a": F32 | {"shape": [-2, -1]}}, bytes(8)),
+        header({"a": F32 | {"shape": [0, 2**63, 2], "data_offsets": [0, 0]}}),
+        header({"a": F32 | {"shape": [2.0]}}, bytes(8)),
+        header({"a": F32 | {"data_offsets": [0, 4, 8]}}, bytes(8)),
         header([1, 2]),
         header({"a": 3}),
         b"\x05\0\0\0\0\0\0\0{{{{{",
-        b"<!DOCTYPE html><html>not found</html>",
+        struct.pack("<Q", 100_000) + b"[" * 100_000,
     ],
 )
 def test_malformed_safetensors(tmp_path, content):
@@ -120,7 +124,62 @@ def test_malformed_safetensors(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [[torch.ones(1)], {"a": 1}, "text"])
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "is a Git LFS pointer"),
+        (b"<!DOCTYPE html><html>not found</html>", "is a web page"),
+        (b'\n<?xml version="1.0"?>', "is a web page"),
+    ],
+)
+def test_what_lies_in_a_large_files_place(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match=f"{name} {says}"):
+        read_tensors(tmp_path / name)
+
+
+def test_a_header_as_long_as_a_bracket_is_no_web_page(tmp_path):
+    """The first byte of a safetensors file is the lowest of its header's length."""
+    text = json.dumps({"a": F32}).encode()
+    text += b" " * ((ord("<") - len(text)) % 256)
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    assert len(text) % 256 == ord("<") and read_tensors(tmp_path / "x.safetensors")["a"].tolist() == [0, 0]
+
+
+def test_every_cut_of_a_legacy_file(tmp_path):
+    torch.save({"w": torch.randn(4, 4), "b": torch.randn(3)}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "w.pth").read_bytes()
+    for length in range(len(whole)):
+        (tmp_path / "cut.pth").write_bytes(whole[:length])
+        with pytest.raises(ModelError, match=r"cut\.pth"):
+            read_tensors(tmp_path / "cut.pth")
+
+
+def test_other_protocols_are_not_accused(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "x.bin", pickle_protocol=4)
+    with pytest.raises(ModelError, match="is not a file of tensors this program can read"):
+        read_tensors(tmp_path / "x.bin")
+
+
+def test_names_that_share_memory_each_get_their_own(tmp_path):
+    whole = torch.arange(12.0)
+    tied = torch.ones(3)
+    torch.save({"part": whole[4:8], "rest": whole[8:], "a": tied, "b": tied}, tmp_path / "x.bin")
+    read = read_tensors(tmp_path / "x.bin")
+    assert read["part"].tolist() == [4, 5, 6, 7] and read["rest"].tolist() == [8, 9, 10, 11]
+    assert len({value.untyped_storage().data_ptr() for value in read.values()}) == 4
+    assert all(value.untyped_storage().nbytes() == value.nbytes for value in read.values())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [torch.ones(1)], {"a": 1}, "text", {1: torch.ones(1)}, {"a": torch.ones(2).to_sparse()},
+        {"a": torch.ones(2, dtype=torch.complex64)},
+        {"a": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)},
+    ],
+)  # fmt: skip
 def test_other_contents_of_pickles(tmp_path, content):
     torch.save(content, tmp_path / "x.bin")
     with pytest.raises(ModelError, match="plain dictionary of tensors"):

@@ -268,9 +268,9 @@ def models_fetch(
 ) -> None:
     """Fetch a model from the hub into its cache, where it then works offline; prints the folder."""
     with reported(verbose):
-        from vsuav import checkpoint
+        from vsuav import folders
 
-        typer.echo(str(checkpoint.fetch(name)))
+        typer.echo(str(folders.fetch(name)))
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ device) and then given the tensors of the file, so that loading needs the weight
 
 import hashlib
 import json
-import re
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,40 +26,16 @@ from torch import Tensor, nn
 
 from vsuav import flow
 from vsuav.attention import Rotary
+from vsuav.folders import RAFT_FILES, SAFETENSORS, TEXT_FOLDERS, Part, find_parts, locate, read_json
 from vsuav.schedule import Schedule
+from vsuav.settings import resolve
 from vsuav.text import CLIP, MiniLM, TextEncoder, read_prompts
 from vsuav.tiny import TinyConfig, TinyVAE
 from vsuav.unet import UNetConfig, UNetVideo, temporal_parameters
 from vsuav.vae import VAE, VAEConfig
 from vsuav.weights import ModelError, bare, digest_tensors, read_tensors
 
-__all__ = ["ModelError", "Models", "bundled", "convert", "fetch", "load", "locate"]
-
-SAFETENSORS = "diffusion_pytorch_model.safetensors"
-IN_DIFFUSERS = ("config.json", SAFETENSORS, "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin")
-PARTS = {
-    "unet": (
-        ("unet", "unet_video_config.json", "unet_video.bin", "unet_video.safetensors"),
-        ("unet", *IN_DIFFUSERS),
-    ),
-    "vae": (
-        ("vae", "vae_3d_config.json", "vae_3d.bin", "vae_3d.safetensors"),
-        ("vae", *IN_DIFFUSERS),
-    ),
-    "video_vae": (
-        ("vae", "vae_video_config.json", "vae_video.bin", "vae_video.safetensors"),
-        ("vae_video", *IN_DIFFUSERS),
-    ),
-    "tiny_vae": (("vae_tiny", *IN_DIFFUSERS),),
-}
-"""Part -> the places it may lie in: folder, config, and names of the weights in order of preference."""
-RAFT_FILES = ("propagator/raft-things.safetensors", "propagator/raft-things.pth")
-HUB_FILES = (
-    "model_index.json", "prompts.safetensors", "scheduler/*", "low_res_scheduler/*", "tokenizer/*",
-    "text_encoder/config.json", "text_encoder/model.safetensors",
-    *(f"{place[0]}/{name}" for places in PARTS.values() for place in places for name in place[1:3]), *RAFT_FILES,
-)  # fmt: skip
-"""What a hub id has to bring: not the single-file and half-precision copies that lie beside it."""
+__all__ = ["ModelError", "Models", "convert", "load"]
 
 UAV_DEFAULTS = {
     "prompt": "best quality, extremely detailed", "negative_prompt": "blur, worst quality", "noise_level": 120,
@@ -102,118 +78,15 @@ class Models:
             raise ModelError(str(error) if isinstance(error, ModelError) else f"{self.raft}: {error}") from None
 
 
-@dataclass
-class Part:
-    """One network's files."""
-
-    config_path: Path
-    weights_path: Path
-    config: dict[str, Any]
-
-
-def bundled(name: str = "mini") -> Path | None:
-    """The folder of a model that came with the package (or lies in the checkout), None if there is none."""
-    here = Path(__file__).resolve().parent
-    return next((p for p in (here / "models" / name, here.parent / "models" / name) if p.is_dir()), None)
-
-
-def locate(model: str | Path | None) -> Path:
-    """The folder a `model` argument means: a folder, a bundled model's name, or a hub id.
-
-    A local folder always wins. A hub id ("owner/name") is looked for in the hub's cache first, so what was fetched once
-    works offline; only then is it fetched.
-    """
-    if model is None:
-        if (folder := bundled()) is None:
-            raise ModelError("the bundled model models/mini is not installed: give model= a folder or a hub id")
-        return folder
-    if not isinstance(model, str | Path) or not str(model).strip():
-        raise ModelError(f"model must be a folder, a hub id or None, got {model!r}")
-    name, path = str(model), Path(model).expanduser()
-    try:
-        if path.is_dir():
-            return path
-        there = path.exists()
-    except OSError as error:
-        raise ModelError(f"model folder {name} cannot be read ({error.strerror})") from error
-    if there:
-        raise ModelError(f"{name} is a file: a model is a folder ({_looked_for()})")
-    if re.fullmatch(r"[\w-]+", name) and (folder := bundled(name)):
-        return folder
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or Path(path.parts[0]).exists():
-        raise ModelError(f"model folder {name} does not exist; a model is a folder ({_looked_for()}) or a hub id")
-    return fetch(name, cached=True)
-
-
-def fetch(name: str, cached: bool = False) -> Path:
-    """The folder of a hub id in the hub's cache, completed from the network; with `cached` only if that is needed."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    def snapshot(offline: bool, files: tuple[str, ...] = HUB_FILES) -> Path:
-        return Path(snapshot_download(name, allow_patterns=list(files), local_files_only=offline))
-
-    if cached:
-        try:
-            folder = snapshot(offline=True)
-            find_parts(folder)
-            return folder
-        except (LocalEntryNotFoundError, ModelError):
-            pass
-    try:
-        folder = snapshot(offline=False)
-        text = folder / "text_encoder"
-        if (text / "config.json").is_file() and not (text / "model.safetensors").is_file():
-            snapshot(False, ("text_encoder/pytorch_model.bin",))
-        return folder
-    except Exception as error:  # network, authorisation, an id that does not exist: whatever the client raises
-        said = " ".join(str(error).split())[:160]
-        raise ModelError(f"{name} is no folder, not in the hub's cache, and cannot be fetched: {said}") from None
-
-
-def _looked_for() -> str:
-    return "; ".join(
-        " or ".join(f"{place[0]}/{place[2]}" for place in places) for places in (PARTS["unet"], PARTS["vae"])
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ModelError(f"{path} does not exist") from None
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} must hold a JSON object")
-    return content
-
-
-def find_parts(folder: Path) -> dict[str, Part]:
-    """The networks' files in a folder, by part. Raises ModelError naming what is missing."""
-    parts = {}
-    for name, places in PARTS.items():
-        for inner, config, *weights in places:
-            found = next((folder / inner / file for file in weights if (folder / inner / file).is_file()), None)
-            if found:
-                parts[name] = Part(folder / inner / config, found, _read_json(folder / inner / config))
-                break
-    for name in ("unet", "vae"):
-        if name not in parts and not (name == "vae" and "video_vae" in parts):
-            wanted = " or ".join(f"{place[0]}/{file}" for place in PARTS[name] for file in place[2:])
-            there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-            raise ModelError(f"{folder} is no model: looked for {wanted}; the folder holds {there}")
-    return parts
-
-
 def _kind(folder: Path, unet: Part, names: Mapping[str, Any]) -> str:
     """Which of the four kinds it is, from the names of files and tensors."""
     index = folder / "model_index.json"
-    if index.is_file() and _read_json(index).get("_class_name") == "VsuavPipeline":
+    if os.path.lexists(index) and read_json(index).get("_class_name") == "VsuavPipeline":
         return "vsuav"
     if any(name.startswith(("down_temp_blocks.", "up_temp_blocks.", FREQUENCIES)) for name in names):
         return "uav" if unet.weights_path.name.startswith("unet_video.") else "uav-diffusers"
-    channels = names["conv_in.weight"].shape[1] if "conv_in.weight" in names else None
+    channels = names["conv_in.weight"].shape[1:2] if "conv_in.weight" in names else ()
+    channels = channels[0] if channels else None
     if channels != 7 or "class_embedding.weight" not in names:
         raise ModelError(
             f"{unet.weights_path} is neither a video U-Net (looked for {FREQUENCIES}) nor the U-Net of an x4 upscaler "
@@ -234,6 +107,9 @@ def canonical(tensors: dict[str, Tensor], network: nn.Module, path: Path, option
     fitted, unexpected, misshapen = {}, [], []
     for name in list(tensors):
         value, ours = tensors.pop(name), name
+        if not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise ModelError(f"{path}: {name} is of type {kind}: weights must be floating point, not quantised")
         if name not in wanted:
             for theirs, mine in VAE_NAMES.items():
                 if name.replace(theirs, mine) in wanted:
@@ -286,7 +162,7 @@ def passing_on(names: set[str], network: nn.Module) -> dict[str, Tensor]:
     return values
 
 
-def _assign(network: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+def _assign(network: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, path: Path) -> nn.Module:
     """Give a network built on the meta device its tensors, one by one, cast to `dtype`; `tensors` is empty afterwards.
 
     The rotary frequencies stay float32 whatever the dtype: eight bits are too few for an angle.
@@ -294,6 +170,9 @@ def _assign(network: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) 
     cast = {}
     for name in list(tensors):
         cast[name] = tensors.pop(name).to(torch.float32 if name == FREQUENCIES else dtype).contiguous()
+        if not torch.isfinite(cast[name].sum(dtype=torch.float32)):  # one pass; asking every value takes three
+            kind = str(cast[name].dtype).removeprefix("torch.")
+            raise ModelError(f"{path}: {name} holds values that are not finite in {kind}")
     for name in network.state_dict():
         if name.endswith("rotary_emb.freqs"):
             cast[name] = cast[FREQUENCIES]
@@ -317,8 +196,13 @@ def read_part(name: str, part: Part, folder: Path, kind: str = "") -> tuple[str,
     try:
         with bare():
             network = build(settings.from_dict(config))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{part.config_path}: {error}") from None
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise ModelError(f"{part.config_path}: {' '.join(str(error).split())}") from None
+    if name != "unet" and (network.config.factor, network.config.out_channels) != (4, 3):
+        raise ModelError(
+            f"{part.config_path}: the decoder must enlarge 4 times and give 3 colours, this one enlarges "
+            f"{network.config.factor} times and gives {network.config.out_channels}"
+        )
     if name == "unet" and kind == "sd-x4":
         absent = set(temporal_parameters(network))
     return kind, network, canonical(tensors, network, part.weights_path, absent)
@@ -332,7 +216,7 @@ def _text(folder: Path, kind: str, width: int, digest: "hashlib.blake2b") -> Tex
         digest_tensors(stored, digest)
     if (folder / "text_encoder" / "config.json").is_file():
         compute = CLIP(folder)
-        for path in sorted(p for inner in ("text_encoder", "tokenizer") for p in (folder / inner).rglob("*")):
+        for path in sorted(p for inner in TEXT_FOLDERS for p in (folder / inner).rglob("*")):
             if path.is_file():
                 with path.open("rb") as file:
                     digest.update(hashlib.file_digest(file, "blake2b").digest())
@@ -350,9 +234,22 @@ def _text(folder: Path, kind: str, width: int, digest: "hashlib.blake2b") -> Tex
 def _schedule(folder: Path, name: str) -> Schedule:
     path = folder / name / "scheduler_config.json"
     try:
-        return Schedule.from_config(_read_json(path))
+        return Schedule.from_config(read_json(path))
     except (ValueError, TypeError) as error:
         raise error if isinstance(error, ModelError) else ModelError(f"{path}: {error}") from None
+
+
+def _own_settings(index: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Defaults and presets of one of this project's own models, such that every preset can be used."""
+    own = read_json(index).get("vsuav", {})
+    try:
+        defaults, presets = ({**own[name]} if name in own else {} for name in ("defaults", "presets"))
+        presets = {name: {**preset} for name, preset in presets.items()}
+        for given in ({}, *({"preset": name} for name in presets)):
+            resolve(given, defaults, presets)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f'{index}: "vsuav" must hold defaults and presets by the names of settings: {error}') from None
+    return defaults, presets
 
 
 def latent_channels(network: UNetVideo | VAE | TinyVAE) -> int:
@@ -380,7 +277,7 @@ def load(
         digest_tensors(tensors, digest)
         if name == "unet":
             tensors |= passing_on(set(temporal_parameters(network)) - tensors.keys(), network)
-        networks[name] = _assign(network, tensors, dtype if name == "unet" else vae_dtype or dtype)
+        networks[name] = _assign(network, tensors, dtype if name == "unet" else vae_dtype or dtype, part.weights_path)
         channels, wanted = latent_channels(networks[name]), latent_channels(networks["unet"])
         if channels != wanted:
             raise ModelError(f"{part.weights_path}: latents of {channels} channels, the U-Net's have {wanted}")
@@ -390,9 +287,9 @@ def load(
     raft = next((folder / name for name in RAFT_FILES if (folder / name).is_file()), None)
     if raft:
         digest_tensors(read_tensors(raft), digest)
-    own = _read_json(folder / "model_index.json").get("vsuav", {}) if kind == "vsuav" else {}
-    defaults = dict(IMAGE_DEFAULTS if kind == "sd-x4" else {} if kind == "vsuav" else UAV_DEFAULTS)
-    defaults |= {"video_vae": "vae" not in networks} | own.get("defaults", {})
+    own, presets = _own_settings(folder / "model_index.json") if kind == "vsuav" else ({}, {})
+    defaults = IMAGE_DEFAULTS if kind == "sd-x4" else {} if kind == "vsuav" else UAV_DEFAULTS
+    defaults = {**defaults, "video_vae": "vae" not in networks, **own}
     return Models(
         kind=kind,
         path=folder,
@@ -404,18 +301,18 @@ def load(
         text=text,
         raft=raft,
         defaults=defaults,
-        presets=own.get("presets", {}),
+        presets=presets,
         digest=digest.hexdigest(),
         tiny_vae=networks.get("tiny_vae"),
     )
 
 
-def convert(source: str | Path, target: Path, dtype: torch.dtype | None = None) -> None:
+def convert(source: str | Path, target: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write a model folder again with safetensors only, in diffusers layout, optionally in another dtype.
 
     The target appears when it is complete; it must not exist before. Without `dtype` its digest stays the same.
     """
-    folder = locate(source)
+    folder, target = locate(source), Path(target)
     if target.exists():
         raise ModelError(f"{target} exists already: give a new folder")
     unfinished = target.with_name(f"{target.name}.partial")

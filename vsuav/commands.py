@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import vapoursynth as vs
 
-from vsuav import checkpoint, disk
+from vsuav import checkpoint, disk, folders
 from vsuav.containers import SOUND_OF
 from vsuav.parts import MediaError, alone, check_target
 from vsuav.plugin import upscale
@@ -158,7 +157,7 @@ def read_prompts(path: Path) -> list[tuple[int, str]]:
 def found_models() -> list[tuple[str, str]]:
     """Names and folders of the models that came with the package, and of those in the hub's cache."""
     rows = []
-    home = checkpoint.bundled()
+    home = folders.bundled()
     if home is not None:
         rows += [(p.name, str(p)) for p in sorted(home.parent.iterdir()) if (p / "model_index.json").is_file()]
     try:
@@ -170,7 +169,7 @@ def found_models() -> list[tuple[str, str]]:
     for repository in repositories:
         for revision in repository.revisions:
             try:
-                checkpoint.find_parts(revision.snapshot_path)
+                folders.find_parts(revision.snapshot_path)
             except checkpoint.ModelError:
                 continue
             rows.append((repository.repo_id, str(revision.snapshot_path)))
@@ -193,9 +192,6 @@ def verify(model: str) -> list[str]:
             continue
         count = sum(parameter.numel() for parameter in network.parameters())
         tensors = len(dict(network.named_parameters()))
-        finite = all(bool(torch.isfinite(parameter).all()) for parameter in network.parameters())
-        if not finite:
-            raise checkpoint.ModelError(f"{models.path}: the {name} holds values that are not finite")
         sizes = ", the released sizes" if network.config == config else ""
         lines.append(f"{name:<14} {tensors} tensors, {count:,} parameters, all fit{sizes}")
     lines.append(f"flow weights   {models.raft or 'none (DIS needs none)'}")

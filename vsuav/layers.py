@@ -10,8 +10,6 @@ No layer has to rearrange anything. Every module also accepts any other memory l
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -373,23 +371,3 @@ def sinusoid(timestep: Tensor, width: int) -> Tensor:
     exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) * (-math.log(10000) / half)
     angle = timestep.float()[:, None] * exponent.exp()
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
-
-
-def check_config(
-    who: str, config: Mapping[str, Any], known: Iterable[str], fixed: Mapping[str, tuple], ignored: Iterable[str]
-) -> None:
-    """Refuses a configuration this network would not compute as meant.
-
-    `known` keys are read by the caller, `fixed` ones must have one of the given values, `ignored` ones and those that
-    begin with an underscore say nothing about the numbers; any other key must be empty (None, False, 0, "", [] or {}).
-    """
-    known, ignored = set(known), set(ignored)
-    for key, value in config.items():
-        if key in known or key in ignored or key.startswith("_"):
-            continue
-        if key in fixed:
-            if value not in fixed[key]:
-                allowed = " or ".join(repr(v) for v in fixed[key])
-                raise ValueError(f"{who}: {key} must be {allowed}, got {value!r}")
-        elif value:
-            raise ValueError(f"{who}: unknown setting {key} = {value!r}; this network would ignore it")

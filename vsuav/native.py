@@ -336,7 +336,8 @@ def attend_over_time(q: Tensor, k: Tensor, v: Tensor, heads: int, turns: Tensor,
     size, pairs = c // heads, turns.shape[1]
     cosines = F.pad(turns.real.repeat_interleave(2, 1), (0, size - 2 * pairs), value=1)
     sines = F.pad(torch.stack([-turns.imag, turns.imag], -1).flatten(1), (0, size - 2 * pairs))
-    table, bias = torch.stack([cosines, sines], 1), F.pad(bias.float() / math.log(2), (0, FRAMES - t), value=-torch.inf)
+    table = torch.stack([cosines, sines], 1)
+    bias = F.pad(bias.float().contiguous() / math.log(2), (0, FRAMES - t), value=-torch.inf)
     y, threads = buffers.empty(q.shape, q.dtype), torch.get_num_threads()
     call = _Timeline(
         _at(q), _at(k), _at(v), _at(table), _at(bias), None, _at(y), b, t, n, heads, size,

@@ -7,6 +7,7 @@ networks run in float16), so they are the same whatever the device. Only what ne
 import contextlib
 import functools
 import gc
+import math
 import platform
 import threading
 from collections import OrderedDict
@@ -21,9 +22,10 @@ from torch import Tensor
 from vsuav import native
 from vsuav.arithmetic import exact_arithmetic
 from vsuav.bands import BandedDecoder
-from vsuav.checkpoint import Models, load, locate
+from vsuav.checkpoint import Models, load
 from vsuav.color import adain, bicubic, wavelet
 from vsuav.flow import DIS, LIBRARY, RAFT
+from vsuav.folders import files, locate
 from vsuav.layers import lay_out
 from vsuav.noise import Noise
 from vsuav.plan import Recipe
@@ -164,6 +166,7 @@ class Networks:
         if self._vae is None:
             has = "video" if models.video_vae is not None else "image"
             raise ValueError(f"video_vae must be {not settings.video_vae} for this model: it has only the {has} VAE")
+        self._check_noise_level()
         self._decoder_dtype = decoder_dtype(settings.dtype)
         self._unet.to(self.device)
         self._vae.to(self.device)
@@ -184,10 +187,24 @@ class Networks:
         tile = self.settings.tile[::-1]
         return self if tile == self.settings.tile else type(self)(self.models, replace(self.settings, tile=tile))
 
+    def _check_noise_level(self) -> None:
+        unet, decoder = self._unet.config, self._vae.config
+        known = [self._schedule.num_train_timesteps, unet.num_class_embeds, unet.max_noise_level + 1]
+        known += [getattr(decoder, "num_class_embeds", None) or math.inf]
+        if self.settings.noise_level >= (levels := min(known)):
+            raise ValueError(
+                f"noise_level must be between 0 and {levels - 1} for this model, got {self.settings.noise_level}"
+            )
+
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Encode the prompts and the negative prompt, so that one that cannot be encoded is an error now."""
+        """Encode the prompts and the negative prompt, so that one that cannot be used is an error now."""
+        guided = any(map(self.settings.guided, self.sampler.timesteps))
         for prompt in (*prompts, self.settings.negative_prompt):
-            self.worker.run(functools.partial(self._text.encode, prompt))
+            self.worker.run(functools.partial(self._states, prompt, guided))
+
+    def _states(self, prompt: str, guided: bool) -> Tensor:
+        texts = (self.settings.negative_prompt, prompt) if guided else (prompt,)
+        return self._text.encode_all(texts, self.models.unet.config.cross_attention_dim)
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
@@ -360,8 +377,7 @@ class Networks:
     def _context(self, prompt: str, guided: bool) -> object:
         key = (prompt, guided)
         if key not in self._contexts:
-            texts = (self.settings.negative_prompt, prompt) if guided else (prompt,)
-            states = torch.stack([self._text.encode(text) for text in texts]).to(self.device, self.dtype)
+            states = self._states(prompt, guided).to(self.device, self.dtype)
             with working_threads(self.settings.threads):
                 self._contexts[key] = self._unet.prepare(states)
             while len(self._contexts) > 32:
@@ -405,7 +421,7 @@ def shared_models(model: str | Path | None, device: str, dtype: str) -> Models:
     if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
         raise ValueError(f"dtype must be one of auto, {', '.join(TORCH_DTYPES)}, got {dtype!r}")
     folder = locate(model)
-    stats = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
+    stats = [(path, path.stat()) for path in files(folder)]
     stamp = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     key = (str(folder.resolve()), device, dtype)
     with _models_lock:

@@ -31,6 +31,7 @@ from vsuav.settings import is_real, is_whole
 from vsuav.shots import Record, Records, Shots
 from vsuav.store import Store
 from vsuav.tiling import BLOCK
+from vsuav.weights import ModelError
 
 LINK = 32
 """Most input frames one node holds at a time."""
@@ -329,7 +330,7 @@ class Restorer:
         except Missing:
             result.props["uav_missing"] = 1
             return result
-        except NetworkError as error:
+        except (NetworkError, ModelError) as error:
             raise vs.Error(f"upscale: {error}") from None
         finally:
             gathered.clear()

@@ -12,6 +12,7 @@ component always comes from the x and v that the network saw and is never recomp
 Notation: a = sqrt(alpha_cumprod), s = sqrt(1 - alpha_cumprod), l = ln(a / s) (half the log signal-to-noise ratio).
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -19,6 +20,8 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from vsuav.configs import made
 
 SOLVERS = {"ddim": 0, "dpm++2m": 1, "unipc": 2}  # solver: how many earlier clean estimates it reads
 SPACINGS = ("leading", "trailing")
@@ -42,6 +45,8 @@ class Schedule:
     timestep_spacing: str = "leading"
     clip_sample: bool = False
 
+    FREE = ("beta_start", "beta_end", "steps_offset")
+
     def __post_init__(self) -> None:
         choices = {
             "beta_schedule": ("scaled_linear", "linear"),
@@ -51,8 +56,6 @@ class Schedule:
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"Schedule: {name} must be one of {', '.join(allowed)}, got {value!r}")
-        if self.num_train_timesteps < 1:
-            raise ValueError(f"Schedule: num_train_timesteps must be at least 1, got {self.num_train_timesteps}")
         if not 0 <= self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"Schedule: betas must satisfy 0 <= beta_start <= beta_end < 1, got {self.beta_start}, {self.beta_end}"
@@ -61,11 +64,11 @@ class Schedule:
     @classmethod
     def from_config(cls, config: Mapping) -> "Schedule":
         """Read a scheduler config. Keys without influence on the noise are ignored, unsupported settings refused."""
-        for name in ("trained_betas", "thresholding", "rescale_betas_zero_snr"):
+        for name in ("trained_betas", "thresholding", "rescale_betas_zero_snr", "snr_shift_scale"):
             if config.get(name):
                 raise ValueError(f"Schedule: {name} is not supported, got {config[name]!r}; it must be null or false")
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in config.items() if name in known})
+        return made(cls, {name: value for name, value in config.items() if name in known})
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
@@ -138,6 +141,11 @@ class Sampler:
         self.history = SOLVERS[solver]
         self.timesteps = spaced_timesteps(schedule, steps, spacing or schedule.timestep_spacing)
         self._factors = [schedule.signal_and_noise(t) for t in (*self.timesteps, -1)]
+        if self.history and not self._falls():
+            raise ValueError(
+                f"Sampler: solver {solver} needs a noise that falls from step to step and is neither all nor nothing; "
+                "ddim takes any schedule"
+            )
 
     def predict(self, i: int, x: Tensor, v: Tensor) -> Tensor:
         """Clean estimate of step i from the state x and the prediction v (any equal shapes): a x - s v."""
@@ -168,6 +176,12 @@ class Sampler:
     def _order(self, i: int) -> int:
         """Order of the prediction made at step i: one at the start and at the end, where differences say little."""
         return 2 if self.history and 0 < i < len(self.timesteps) - 1 else 1
+
+    def _falls(self) -> bool:
+        """Whether `_log_ratio` exists at every step, and rises."""
+        factors = self._factors[:-1]
+        usable = all(signal > 0 and sigma > 0 for signal, sigma in factors)
+        return usable and all(a[0] * b[1] < b[0] * a[1] for a, b in itertools.pairwise(factors))
 
     def _log_ratio(self, i: int) -> float:
         signal, sigma = self._factors[i]

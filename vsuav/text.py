@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -170,6 +170,17 @@ class TextEncoder:
                     self._recent[prompt] = self._compute(prompt)
             return self._recent[prompt]
 
+    def encode_all(self, prompts: Sequence[str], width: int) -> Tensor:
+        """States of prompts, "b l d" with `width` as d; ModelError when they are of another width or unlike lengths."""
+        states = [self.encode(prompt) for prompt in prompts]
+        for prompt, each in zip(prompts, states, strict=True):
+            if each.shape != (len(states[0]), width):
+                raise ModelError(
+                    f"the model's text encoder and stored prompts do not fit: states of {prompt!r} are "
+                    f"{tuple(each.shape)}, they must be {(len(states[0]), width)}"
+                )
+        return torch.stack(states)
+
 
 def read_prompts(path: Path) -> dict[str, Tensor]:
     """States by prompt of a `prompts.safetensors`: tensor "i" belongs to entry i of the JSON list in its metadata."""
@@ -177,7 +188,7 @@ def read_prompts(path: Path) -> dict[str, Tensor]:
     try:
         prompts = json.loads(weights.metadata(path)["prompts"])
         return {prompt: tensors[str(i)].float() for i, prompt in enumerate(prompts)}
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise ModelError(f"{path}: its metadata must list one prompt for each of its tensors ({error!r})") from None
 
 

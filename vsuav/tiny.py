@@ -4,7 +4,7 @@ The layout is that of diffusers' `AutoencoderTiny`, names of its decoder's tenso
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vsuav.layers import check_config, clip, frames
+from vsuav.configs import network_config
+from vsuav.layers import clip, frames
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class TinyConfig:
         "in_channels", "encoder_block_out_channels", "num_encoder_blocks", "latent_magnitude", "latent_shift",
         "block_out_channels", "sample_size",
     )  # fmt: skip
+    FREE = ("shift_factor",)
 
     def __post_init__(self):
         widths, counts = self.decoder_block_out_channels, self.num_decoder_blocks
@@ -53,9 +55,7 @@ class TinyConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "TinyConfig":
         """From a config.json with the class name `AutoencoderTiny`."""
-        names = [field.name for field in fields(cls)]
-        check_config("TinyConfig", config, names, cls.FIXED, cls.IGNORED)
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names})
+        return network_config(cls, config)
 
 
 class Block(nn.Module):

@@ -5,7 +5,7 @@ description in the documentation.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vsuav.attention import ROTARY_CHANNELS, PreparedContext, Rotary, SelfAttention, TemporalAttention, TextAttention
+from vsuav.configs import network_config
 from vsuav.layers import (
     Down,
     FrameConv,
@@ -21,7 +22,6 @@ from vsuav.layers import (
     ResBlock,
     TimeResBlock,
     Up,
-    check_config,
     clip,
     concat,
     frames,
@@ -78,6 +78,7 @@ class UNetConfig:
         "use_linear_projection": (True,),
     }
     IGNORED = ("sample_size",)
+    FREE = ("max_noise_level", "down_temporal_idx", "up_temporal_idx")
 
     def __post_init__(self):
         levels = len(self.block_out_channels)
@@ -124,12 +125,10 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "UNetConfig":
         """From a config.json of this network, or of the image U-Net it is inflated from."""
-        names = [f.name for f in fields(cls)]
-        check_config("UNetConfig", config, names, cls.FIXED, cls.IGNORED)
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
-        if isinstance(given.get("only_cross_attention"), bool):
-            given["only_cross_attention"] = (given["only_cross_attention"],) * len(config["block_out_channels"])
-        return cls(**given)
+        if isinstance(config.get("only_cross_attention"), bool) and isinstance(config.get("block_out_channels"), list):
+            each = [config["only_cross_attention"]] * len(config["block_out_channels"])
+            config = {**config, "only_cross_attention": each}
+        return network_config(cls, config)
 
 
 def _attends(kind: str, way: str) -> bool:

@@ -5,7 +5,7 @@ the frames given together (chunks of three, by the reference).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vsuav.attention import attend
 from vsuav.color import bicubic
+from vsuav.configs import network_config
 from vsuav.enlarger import Enlarger
 from vsuav.layers import (
     Down,
@@ -23,7 +24,6 @@ from vsuav.layers import (
     PlusResBlock,
     ResBlock,
     Up,
-    check_config,
     clip,
     concat,
     frames,
@@ -80,6 +80,7 @@ class VAEConfig:
         "use_temporal_block": (True, False),
     }
     IGNORED = ("sample_size",)
+    FREE = ()
 
     def __post_init__(self):
         if self.up_block_types is None:
@@ -90,8 +91,6 @@ class VAEConfig:
                 f"block_out_channels, got {self.up_block_types}"
             )
         known = ("UpDecoderBlock2D", "UpDecoderBlock3D", "UpDecoderBlock3D_plus")
-        if self.mid_block_layers < 1:
-            raise ValueError(f"VAEConfig: mid_block_layers must be at least 1, got {self.mid_block_layers}")
         if self.enlarger_channels and not (self.bicubic_skip and self.num_class_embeds):
             raise ValueError(
                 f"VAEConfig: enlarger_channels needs bicubic_skip and num_class_embeds, got {self.enlarger_channels} "
@@ -115,9 +114,7 @@ class VAEConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "VAEConfig":
         """From a config.json of one of these VAEs, or of the image VAE of the same shape."""
-        names = [f.name for f in fields(cls)]
-        check_config("VAEConfig", config, names, cls.FIXED, cls.IGNORED)
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names})
+        return network_config(cls, config)
 
 
 def residual(

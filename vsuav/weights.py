@@ -10,7 +10,7 @@ import json
 import math
 import pickle
 import struct
-import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -59,10 +59,20 @@ DTYPES = {
 LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
 
+def _refuse_stand_in(path: Path, beginning: bytes) -> None:
+    """Raise ModelError for what often lies in a large file's place."""
+    if beginning.startswith(b"version https://git-lfs"):
+        raise ModelError(f"{path} is a Git LFS pointer, not the file itself: fetch it with git lfs pull")
+    if beginning.lstrip().startswith(b"<") and 0 not in beginning[:8]:
+        raise ModelError(f"{path} is a web page, not a file of tensors: fetch it again")
+
+
 def _header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
     """Entries, metadata and the offset of the first data byte of a safetensors file; the file's length is checked."""
     size = path.stat().st_size
     with path.open("rb") as file:
+        _refuse_stand_in(path, file.read(64))
+        file.seek(0)
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else -1
         if not 2 <= length <= LARGEST_HEADER:
@@ -78,13 +88,17 @@ def _header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
         end = 0
         for name, entry in entries.items():
             begin, stop = entry["data_offsets"]
+            if not all(type(side) is int and 0 <= side < 2**63 for side in entry["shape"]):
+                raise ModelError(f"{path}: tensor {name} cannot have the shape {entry['shape']}")
             if stop - begin != math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize:
                 raise ModelError(f"{path}: the bytes of tensor {name} do not fit its shape {entry['shape']}")
         for begin, stop in spans:
             if begin != end:
                 raise ModelError(f"{path}: its tensors overlap or leave gaps")
             end = stop
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, KeyError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(f"{path} is not a safetensors file this program can read ({error!r})") from None
     if size != start + end:
         problem = "is cut off" if size < start + end else "has bytes behind its last tensor"
@@ -121,20 +135,34 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        _refuse_stand_in(path, file.read(64))
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # of a file that is cut off or something else: whatever its reader stumbles over
         said = " ".join(str(error).split())
-        if "GLOBAL" in said or "Unsupported" in said:
-            culprit = said.split("GLOBAL ", 1)[-1].split()[0] if "GLOBAL " in said else "an unknown operation"
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL " in said:
+            culprit = said.split("GLOBAL ", 1)[1].split()[0]
             raise ModelError(f"{path} wants to run code ({culprit}): only files of plain tensors are read") from None
-        raise ModelError(f"{path} is not a file of tensors, or is cut off") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{path} is not a file of tensors, or is cut off ({said[:120]})") from None
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ModelError(f"{path} must hold a plain dictionary of tensors")
+        raise ModelError(
+            f"{path} is not a file of tensors this program can read, or is cut off "
+            f"({type(error).__name__}: {said.split('. ')[0][:120]})"
+        ) from None
+    if not isinstance(tensors, dict) or not all(map(_is_plain, tensors, tensors.values())):
+        raise ModelError(f"{path} must hold a plain dictionary of tensors by their names")
+    owners = Counter(value.untyped_storage().data_ptr() for value in tensors.values())
+    for name, value in tensors.items():
+        storage = value.untyped_storage()
+        shared = owners[storage.data_ptr()] > 1 or storage.nbytes() != value.nbytes
+        tensors[name] = value.detach().clone() if shared else value.detach()
     return dict(tensors)
+
+
+def _is_plain(name: object, value: object) -> bool:
+    """Whether an entry is a name and an ordinary array of real numbers."""
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        return False
+    return value.layout is torch.strided and not (value.is_quantized or value.is_nested or value.is_complex())
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
