@@ -37,7 +37,7 @@ request needs is known before anything is computed. This page is what `scripts/s
 * **seek back**: calls for a frame that was shown before and whose latents are still in memory (`cache_mib`).
 * **restart**: calls when a script is opened again with `cache_dir`: for a frame that was made before, and for six
   frames right behind the place where an encode was broken off. The second is one cold seek, once.
-* **LR frames**: input frames that a cold seek reads.
+* **LR frames**: input frames that its result depends on.
 
 | | linear | cold seek | its LR frames | seek back | restart: old frame | restart: next frames |
 |---|---|---|---|---|---|---|"""

@@ -1,8 +1,10 @@
 """The documentation says what the program does: parameters, links, error messages, examples."""
 
 import ast
+import functools
 import gc
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import make_api_docs
 import pytest
 import toy
 import vapoursynth as vs
+from safetensors.torch import load_file, save_file
 
 from vsuav import upscale
 
@@ -97,11 +100,21 @@ def mistakes(model, tmp_path_factory):
     evil = toy.write(folder / "evil")
     (evil / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     (evil / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    stand_ins = []
+    for text in (b"version https://git-lfs.github.com/spec/v1", b"<!DOCTYPE html><html></html>"):
+        stand_ins.append(toy.write(folder / f"stand-in-{len(stand_ins)}"))
+        (stand_ins[-1] / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(text)
+    odd = toy.write(folder / "odd")
+    (odd / "unet" / "config.json").write_text(json.dumps(toy.UNET | {"norm_num_groups": 0}))
+    endless = toy.write(folder / "endless")
+    path = endless / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value / 0 for name, value in load_file(path).items()}, path)
     one_decoder = toy.write(folder / "one-decoder")
     (one_decoder / "vae" / "config.json").rename(folder / "config.json")
     (one_decoder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     (folder / "empty").mkdir()
     return [
+        *(functools.partial(upscale, rgb, spoilt) for spoilt in (*stand_ins, odd, endless)),
         lambda: upscale(core.std.SetFieldBased(tagged, 2), model),
         lambda: upscale(yuv, model),
         lambda: upscale(core.std.SetFrameProps(tagged, _Transfer=16), model),

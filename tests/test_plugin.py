@@ -153,7 +153,7 @@ NOISE = "scheduler/scheduler_config"
     [
         ("unet/config", {"max_noise_level": 100}, {"noise_level": 101}, "between 0 and 100"),
         ("low_res_scheduler/scheduler_config", {"num_train_timesteps": 10}, {}, "noise_level must be between 0 and 9"),
-        (NOISE, {"beta_start": 0, "timestep_spacing": "leading", "steps_offset": 0}, {"solver": "unipc"}, "unipc needs"),
+        (NOISE, {"beta_start": 0, "timestep_spacing": "leading", "steps_offset": 0}, {"solver": "unipc"}, "unipc"),
         (NOISE, {"steps_offset": -600}, {}, "steps_offset must be a whole number between 0"),
         (NOISE, {"num_train_timesteps": 10**13}, {}, "num_train_timesteps must be a whole"),
         (NOISE, {"snr_shift_scale": 3}, {}, "snr_shift_scale is not supported, got 3"),
@@ -179,6 +179,23 @@ def test_prompts_of_unlike_lengths_are_refused_where_they_meet(tmp_path):
     clip = upscale(blank().std.SetFrameProps(_UAVPrompt="rain"), model=folder)
     with pytest.raises(vs.Error, match="upscale: the model has no text encoder, only stored prompts"):
         clip.get_frame(0)
+
+
+def test_a_prompt_on_a_frame_that_is_no_text(model):
+    for wrong in (5, [b"rain", b"snow"]):
+        clip = upscale(blank().std.SetFrameProps(_UAVPrompt=wrong), model=model)
+        with pytest.raises(vs.Error, match=r"upscale: frame \d+: frame property _UAVPrompt must be one text, got"):
+            clip.get_frame(0)
+
+
+def test_a_relative_folder_stays_where_it_was_at_the_call(tmp_path, monkeypatch):
+    """vspipe goes into the script's folder to run it, and back before frames are made."""
+    toy.write(tmp_path / "here" / "model")
+    monkeypatch.chdir(tmp_path / "here")
+    clip = upscale(blank(), model="model", cache_dir="latents")
+    monkeypatch.chdir(tmp_path)
+    clip.get_frame(0)
+    assert (tmp_path / "here" / "latents" / "latents.sqlite3").exists() and not (tmp_path / "latents").exists()
 
 
 class Bomb:

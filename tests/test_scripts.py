@@ -133,6 +133,17 @@ def test_restore_takes_every_kind_of_parameter(clip, model):
         evaluate("restore.vpy", input=str(clip), noise="3")
 
 
+def test_restore_takes_what_upscale_takes(clip, model):
+    """The documented defaults, and a list of prompts."""
+    automatic = dict.fromkeys(("tile", "threads", "device", "dtype", "flow"), "auto")
+    prompts = evaluate("restore.vpy", input=str(clip), model=str(model), prompt="[(0, 'rain'), (4, '')]", **automatic)
+    rain, none = (evaluate("restore.vpy", input=str(clip), model=str(model), prompt=text) for text in ("rain", ""))
+    shown = [np.asarray(each.get_frame(1)[0]) for each in (prompts, rain, none)]
+    assert not np.array_equal(shown[0], shown[2])
+    with pytest.raises(vs.Error, match="the model has no text encoder, only stored prompts"):
+        evaluate("restore.vpy", input=str(clip), model=str(model), prompt="[a broken list")
+
+
 def test_restore_turns_rgb_into_what_y4m_can_carry(model, tmp_path):
     source = film(tmp_path / "rgb.mkv", "-c:v", "ffv1", "-pix_fmt", "gbrp")
     result = evaluate("restore.vpy", input=str(source), model=str(model))

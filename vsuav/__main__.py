@@ -129,7 +129,7 @@ def restore(
     """Restore a video file: 4 times as large, with its sound, subtitles, chapters, timestamps and colour tags.
 
     OUTPUT appears when it is complete. After Ctrl-C, a crash or a power cut, the same command again goes on where the
-    last one stopped, and makes the same file: computed latents are kept in OUTPUT.vsuav until then.
+    last one stopped, and makes the same frames: computed latents are kept in OUTPUT.vsuav until then.
     """
     with reported(verbose):
         from vsuav import commands, video
@@ -149,7 +149,8 @@ def restore(
                 commands.restore(order, bar)
         except KeyboardInterrupt:
             kept = cache_dir or commands.kept_latents(target)
-            bar.say(f"vsuav: stopped; the same command goes on from here (latents are in {kept})")
+            where = f"; the same command goes on from here (latents are in {kept})" if Path(kept).is_dir() else ""
+            bar.say(f"vsuav: stopped{where}")
             sys.stderr.flush()
             os._exit(STOPPED)  # a running U-Net call may take minutes; what is on disk is whole at any time
         console.print(f"vsuav: wrote {target}", markup=False, soft_wrap=True)

@@ -53,7 +53,7 @@ class Disk:
     def __init__(self, folder: str | Path, limit: int, log: Callable[[str], None] = lambda line: None):
         if not isinstance(folder, str | Path) or not str(folder).strip():
             raise ValueError(f"cache_dir must be the path of a folder, got {folder!r}")
-        self.path = Path(os.path.expanduser(folder)) / FILE
+        self.path = Path(os.path.expanduser(folder)).absolute() / FILE  # the program may change folders
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:

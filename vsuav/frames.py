@@ -249,8 +249,8 @@ def to_frame(picture: Tensor) -> vs.VideoFrame:
 
 
 def text_prop(props: Mapping, name: str) -> str | None:
-    """A frame property as text, None if it is not there."""
+    """A frame property as text, None if it is not there. Raises ValueError if it is something else."""
     value = props.get(name)
-    if value is None:
-        return None
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    if not isinstance(value, str | bytes | None):
+        raise ValueError(f"frame property {name} must be one text, got {value!r}; set it with clip.std.SetFrameProps")
+    return value.decode(errors="replace") if isinstance(value, bytes) else value

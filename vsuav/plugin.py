@@ -88,19 +88,20 @@ def upscale(
     Args:
         clip: any constant format and size, progressive, standard dynamic range. YUV needs `_Matrix`.
         model: folder of a model, or a hub id; None is the bundled model.
-        prompt: what the video shows; one text, or a list of (first frame, text), each of which starts a shot. The
-            frame property `_UAVPrompt` wins. None: the model's own.
+        prompt: what the video shows; one text, or a list of (first frame, text), where each change of the text starts a
+            shot and the first text counts for the frames before it, too. The frame property `_UAVPrompt` wins. None:
+            the model's own.
         negative_prompt: what it should not look like; acts where guidance does.
         preset: `reference`, `balanced`, `fast` or `preview`; sets what is None below.
         steps: sampling steps, 1…1000. A frame costs about this many U-Net calls on 8 frames, every 6 frames.
         solver: `ddim`, `dpm++2m` or `unipc`.
-        guidance_scale: of classifier-free guidance; 1 or less is off and halves the time.
+        guidance_scale: 0…100, of classifier-free guidance; 1 or less is off and halves the time.
         guidance_interval: (low, high) of timestep/1000 between which guidance acts.
         noise_level: 0…350; low keeps to the input, high invents detail.
         temperature: 0…1, standard deviation of the noise that sampling starts from. At 0 it starts from the mean, and
             `seed` decides less.
         propagation_steps: step indices after which latents are propagated along the optical flow.
-        propagation_radius: frames a chain of propagation reaches at least.
+        propagation_radius: 1…1000, frames a chain of propagation reaches at least.
         reuse_steps: step indices from 1 at which only the U-Net's outer ring is computed, with the deep features of the
             last step before that is not among them; faster, other pixels.
         flow: `raft` (needs weights in the model folder), `dis`, or `auto`.
@@ -114,22 +115,24 @@ def upscale(
         scene_detect: False takes the clip as one shot (prompts and `max_shot` still cut).
         scene_threshold: luma difference of a cut, 0…1, where no `_SceneChangePrev`/`_SceneChangeNext` is set.
         max_shot: cut at its multiples (a multiple of 6, at least 24): cheaper seeks, other pixels.
-        tile: (width, height) in input pixels of the pieces a network sees, 0 for whole frames, or `auto`.
+        tile: (width, height) in input pixels of the pieces a network sees, at least 32 and more than twice the
+            overlap; 0 for whole frames, or `auto`.
         tile_overlap: input pixels neighbouring tiles share.
-        seed: of the noise.
+        seed: 0…2**64 - 1, of the noise.
         device: `cpu`, `cuda`, `cuda:N`, or `auto`.
         dtype: `float32`, `bfloat16`, `float16` or `auto`.
-        threads: CPU threads of the networks, or `auto`.
+        threads: 1…1024, CPU threads of the networks, or `auto`.
         compile: `kernels` has torch compile the networks for every shape, `graphs` records them as CUDA graphs too:
             minutes at the start for speed later, and other last bits; `none`.
         cache_mib: memory for latents, in MiB; changes speed, never pixels.
         cache_dir: folder in which final latents outlive the process.
-        cache_dir_mib: most MiB in it.
+        cache_dir_mib: most MiB of latents in it; its database takes some MiB more while it is open.
 
     Returns:
-        A clip of the same length, rate and format, with the frame properties of `clip`. Matrix, range and chroma
-        location are the first frame's throughout, and each frame says them. Values beyond the format's black and white
-        are clipped. Where the size asked for changes the picture's shape, the shape of its pixels makes up for it.
+        A clip of the same length, rate and format, with the frame properties of `clip`. Matrix (of YUV), range and
+        chroma location are the first frame's throughout, and each frame says them. Values beyond the format's black and
+        white are clipped. Where the size asked for changes the picture's shape, the shape of its pixels makes up for
+        it, if the clip says that shape.
 
     Raises:
         vs.Error: an argument or the clip cannot be used; one line that says what would work.
@@ -349,7 +352,10 @@ class Restorer:
 
 
 def evidence(n: int, props: Mapping[str, Any], digest: bytes | None = None) -> Record:
-    """What the frame properties of frame n say about shots and prompts; they are those of `frames.differences`."""
+    """What the frame properties of frame n say about shots and prompts; they are those of `frames.differences`.
+
+    Raises ValueError for a prompt that is no text.
+    """
     before, after = (props.get(name) for name in ("_SceneChangePrev", "_SceneChangeNext"))
     return Record(
         float(props["PlaneStatsDiff"]) if n else 0.0,
@@ -369,7 +375,10 @@ def _record(records: Records, doubt: Callable[[str, str], None], n: int, f: list
         for plane in range(3):
             digest.update(memoryview(f[2][plane]).tobytes())
         digest = digest.digest()
-    records.put(n, evidence(n, f[1].props, digest))
+    try:
+        records.put(n, evidence(n, f[1].props, digest))
+    except ValueError as error:
+        raise vs.Error(f"upscale: frame {n}: {error}") from None
     return f[0]
 
 

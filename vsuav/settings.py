@@ -186,9 +186,9 @@ def check(settings: Settings) -> Settings:
     _require(copies, f"ensemble must be one of {', '.join(map(str, ORIENTATIONS))}", s.ensemble)
     values["ensemble"] = int(s.ensemble)
     if s.max_shot is not None:
-        shot = _integer("max_shot", s.max_shot, 24, 10**9)
-        _require(shot % 6 == 0, "max_shot must be a multiple of 6, at least 24", shot)
-        values["max_shot"] = shot
+        fits = is_whole(s.max_shot) and s.max_shot >= 24 and s.max_shot % 6 == 0
+        _require(fits, "max_shot must be a multiple of 6, at least 24", s.max_shot)
+        values["max_shot"] = int(s.max_shot)
     _require(
         isinstance(s.tile, tuple) and len(s.tile) == 2
         and all(is_whole(v) and (v == 0 or v >= 32) for v in s.tile),
