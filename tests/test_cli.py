@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import toy
 from media import close, ffmpeg, look, pictures
+from safetensors.torch import load_file, save_file
 
 av = pytest.importorskip("av")
 typer_testing = pytest.importorskip("typer.testing")
@@ -201,6 +202,39 @@ def test_ctrl_c_leaves_a_state_that_the_same_command_goes_on_from(folder, restor
     assert done.returncode == 0, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["stopped.mkv"]
     assert pictures(target) == pictures(restored)
+
+
+def test_a_run_under_nohup_goes_on_after_the_logout(folder, restored, tmp_path):
+    target = tmp_path / "overnight.mkv"
+    command = [sys.executable, "-m", "vsuav", "restore", folder / "vfr.mkv", target, "--model", folder / "model"]
+    process = subprocess.Popen(
+        [*map(str, command), *LOSSLESS], stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),  # which is what nohup does
+    )  # fmt: skip
+    for line in process.stderr:
+        if line.split("/")[0].isdigit():
+            break
+    process.send_signal(signal.SIGHUP)
+    said = process.stderr.read()
+    assert process.wait(120) == 0, said
+    assert pictures(target) == pictures(restored)
+
+
+def test_an_error_in_a_frame_is_one_clear_line(folder, run, tmp_path):
+    broken = toy.write(tmp_path / "model")
+    path = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    save_file(state | {"conv_out.bias": state["conv_out.bias"] + 1e30}, path)
+    code, said, _ = run("restore", folder / "cfr.mp4", tmp_path / "x.mkv", "--model", broken, "--set", "dtype=float32")
+    assert code == 1
+    assert said.splitlines()[-1].startswith("vsuav: upscale: frames 0 to 7 came out not finite in float32; try ")
+
+
+def test_inputs_that_are_no_files(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe.mkv")
+    for name, says in (("", "is no file"), ("pipe.mkv", "pipe.mkv is no file"), ("absent.mkv", "no such file: ")):
+        code, said, _ = run("restore", tmp_path / name, tmp_path / "out.mkv")
+        assert code == 1 and says in said
 
 
 def test_files_of_others_stay(folder, run, tmp_path):

@@ -510,6 +510,20 @@ def test_what_is_wrong_with_a_nested_clip_is_said_by_its_frames(model, props):
     assert str(early.value) in str(late.value)
 
 
+def test_the_scripts_default_device_is_left_alone(model):
+    """What is loaded must not end up on the device that the script has made torch's default."""
+    unload()
+    clip = clip_of(pixels(2, 16, 16), ())
+    options = {"model": model, "steps": 1, "dtype": "float32", "threads": 1}
+    torch.set_default_device("meta")
+    try:
+        moved = upscale(clip, **options)
+        assert torch.empty(1).device.type == "meta"
+    finally:
+        torch.set_default_device(None)
+    assert digest(moved.get_frame(0)) == digest(upscale(clip, **options).get_frame(0))
+
+
 def test_a_failed_frame_fails_alone(model):
     """An error upstream reaches the frames that need it; the others come, and later it may work."""
     data, broken = pixels(130, 16, 16), [True]

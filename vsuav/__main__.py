@@ -50,7 +50,8 @@ def reported(verbose: bool) -> Iterator[None]:
     except Exception as error:
         if verbose:
             console.print(rich.traceback.Traceback())
-        line = " ".join(str(error).split()) or type(error).__name__
+        said = str(error).rpartition("vapoursynth.Error: ")[2]  # of an error in a frame VapourSynth tells all it knows
+        line = " ".join(said.split()) or type(error).__name__
         console.print(f"vsuav: {line}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
@@ -143,7 +144,8 @@ def restore(
         }  # fmt: skip
         order.settings |= {name: value for name, value in named.items() if value is not None}
         for ending in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(ending, signal.default_int_handler)
+            if signal.getsignal(ending) is not signal.SIG_IGN:  # nohup has a run go on after a logout
+                signal.signal(ending, signal.default_int_handler)
         try:
             with Bar() as bar:
                 commands.restore(order, bar)

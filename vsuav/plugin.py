@@ -16,6 +16,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import torch
 import vapoursynth as vs
 from torch import Tensor
 
@@ -139,7 +140,8 @@ def upscale(
     """
     given = {name: value for name, value in locals().items() if name != "clip"}
     try:
-        return _upscale(clip, given)
+        with torch.device("cpu"):  # whatever device the script has made torch's default
+            return _upscale(clip, given)
     except (ValueError, TypeError, OSError, NetworkError) as error:
         raise vs.Error("upscale: " + " ".join(str(error).split())) from error
 

@@ -3,12 +3,12 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
+from vsuav import openmp
 from vsuav.ensemble import ORIENTATIONS
 
 MAX_NOISE_LEVEL = 350
@@ -203,8 +203,17 @@ def check(settings: Settings) -> Settings:
 
 
 def auto_threads(threads: int | str) -> int:
-    """The thread count: as given, or for ``"auto"`` the number of CPU cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if threads == "auto" else threads
+    """The thread count: as given, or for ``"auto"`` the number of CPU cores this process may run on.
+
+    Raises:
+        ValueError: OpenMP would give fewer.
+    """
+    most = openmp.most_threads()
+    if isinstance(threads, str) and threads == "auto":
+        return min(openmp.cores(), most)
+    enough = not is_whole(threads) or threads <= most
+    _require(enough, f"threads must be at most {most}, which OMP_THREAD_LIMIT or OMP_MAX_ACTIVE_LEVELS allows", threads)
+    return threads
 
 
 GPU_TILES = ((75, 704), (38, 480), (22, 352), (15, 288), (11, 224), (7, 160), (0, 128))

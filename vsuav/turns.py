@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vsuav import buffers
+from vsuav import buffers, openmp
 
 JOBS, IDLE = 8, 1.0
 """Jobs after which a worker gives free memory back, and seconds without one. Fetching it again takes a twentieth of a
@@ -107,6 +107,7 @@ class Worker:
 
     def _loop(self) -> None:
         mine, done = threading.current_thread(), 0  # jobs since memory was given back
+        openmp.fix()
         while True:
             with self._condition:
                 ready = lambda: bool(self._waiting) or self._thread is not mine  # noqa: E731

@@ -87,7 +87,7 @@ def open_video(path: Path) -> Video:
         MediaError: no such file, no video in it, or BestSource is missing.
     """
     if not path.is_file():
-        raise MediaError(f"no such file: {path}")
+        raise MediaError(f"{path} is no file" if path.exists() else f"no such file: {path}")
     check_name(path)
     if not hasattr(vs.core, "bs"):
         raise MediaError('BestSource is not installed: pip install "vsuav[cli]"')
@@ -308,6 +308,8 @@ class Writer:
                 self._process.wait()
                 with contextlib.suppress(OSError):
                     self._process.stdin.close()
+                self._reader.join(5)
+                self._process.stderr.close()
         finally:
             self.part.unlink(missing_ok=True)
 
@@ -372,7 +374,9 @@ class Writer:
         return MediaError(self._said())
 
     def _said(self) -> str:
-        said = "; ".join(line for line in self._complaints if line) or "it stopped without a word"
+        ended = self._process.returncode if self._process is not None else None
+        unsaid = f"signal {-ended} ended it" if ended is not None and ended < 0 else "it stopped without a word"
+        said = "; ".join(line for line in self._complaints if line) or unsaid
         return f"ffmpeg could not write {self._target}: {said[:500]}"
 
 

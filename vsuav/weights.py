@@ -122,7 +122,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     with path.open("rb", buffering=0) as file:
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             begin, stop = entry["data_offsets"]
-            raw = torch.empty(stop - begin, dtype=torch.uint8)
+            raw = torch.empty(stop - begin, dtype=torch.uint8, device="cpu")
             view, done = memoryview(raw.numpy()), 0
             file.seek(start + begin)
             while done < len(view):
