@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -33,6 +34,9 @@ def wheel(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "parity"))
     for name in ("pyproject.toml", "setup.cfg", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
+    left = copy / "out" / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "vsuav"
+    left.mkdir(parents=True)  # by an earlier build, when there was such a module
+    (left / "gone.py").write_text("")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
     done = subprocess.run([*command, "-w", str(out), str(copy)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -37,18 +37,21 @@ SMALL, LARGEST = (160, 160), (320, 320)
 """Sizes that are timed on a CPU where frames, or the tiles they are cut into, are larger than the second."""
 
 
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def machine() -> list[tuple[str, str]]:
     """Versions, devices and models, as rows of a name and a value."""
     rows = [
-        ("vsuav", importlib.metadata.version("vsuav")),
+        ("vsuav", _version("vsuav")),
         ("Python", platform.python_version()),
         ("VapourSynth", f"R{vs.core.core_version.release_major}"),
     ]
-    for package in PACKAGES:
-        try:
-            rows.append((package, importlib.metadata.version(package)))
-        except importlib.metadata.PackageNotFoundError:
-            rows.append((package, "not installed"))
+    rows += [(package, _version(package)) for package in PACKAGES]
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-version"]
     said = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout.split()
     rows.append(("ffmpeg", f"{said[2]} ({command[0]})" if len(said) > 2 else command[0]))
