@@ -26,7 +26,10 @@ upscale(clip_of(pixels(20, 48, 32), (13,)), model={model!r}, steps=2, dtype="flo
 @pytest.mark.skipif(COMPILER is None, reason="there is no C compiler")
 @pytest.mark.skipif(not (HOME / "include" / "VSScript4.h").exists(), reason="vapoursynth brings no headers")
 def test_frames_out_of_order_reloads_and_nothing_left_behind(tmp_path):
-    """Three loads of the script: every frame the same each time, and memory that does not grow after the second."""
+    """Eight loads of the script: every frame the same each time, and memory that does not grow.
+
+    It swings from load to load by some 4 %, so the most of three is held against the most of three.
+    """
     host = tmp_path / "host"
     build = [COMPILER, "-O1", "-Wall", "-Werror", f"-I{HOME / 'include'}", HERE / "host.c", HOME / "libvsscript.so"]
     subprocess.run([*build, f"-Wl,-rpath,{HOME}", "-o", host], check=True)
@@ -35,16 +38,16 @@ def test_frames_out_of_order_reloads_and_nothing_left_behind(tmp_path):
     script.write_text(SCRIPT.format(tests=str(HERE), root=str(HERE.parent), model=str(model)))
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    run = subprocess.run([host, script, "3", "17", "3", "13", "3"], capture_output=True, text=True, env=environment)
+    run = subprocess.run([host, script, "8", "17", "3", "13", "3"], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     loads = run.stdout.split("load")[:-1]
     frames = [[line for line in load.splitlines() if "rss" not in line] for load in loads]
-    assert len(frames) == 3
+    assert len(frames) == 8
     assert all(len(each) == 4 and each == frames[0] for each in frames)
     assert frames[0][1] == frames[0][3]
     assert len(set(frames[0])) == 3
     resident = [int(line.split()[-1]) for line in run.stdout.splitlines() if "rss" in line]
-    assert resident[2] < 1.03 * max(resident[:2]), f"KiB after each load: {resident}"
+    assert max(resident[5:]) < 1.03 * max(resident[:3]), f"KiB after each load: {resident}"
     print("KiB after each load:", resident)
 
 
