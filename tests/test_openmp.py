@@ -15,7 +15,6 @@ from vsuav import upscale
 from vsuav.settings import auto_threads
 threads = eval(sys.argv[1])
 clip = vs.core.std.BlankClip(format=vs.RGBS, width=64, height=48, length=2, color=[0.2, 0.5, 0.7])
-clip = clip.std.ModifyFrame(clip, lambda n, f: f)
 try:
     frame = upscale(clip, preset="preview", dtype="float32", threads=threads).get_frame(0)
 except vs.Error as error:

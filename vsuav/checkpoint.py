@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vsuav import flow
 from vsuav.attention import Rotary
-from vsuav.folders import RAFT_FILES, SAFETENSORS, TEXT_FOLDERS, Part, find_parts, locate, read_json
+from vsuav.folders import RAFT_FILES, SAFETENSORS, Part, find_parts, locate, read_json, text_files
 from vsuav.schedule import Schedule
 from vsuav.settings import resolve
 from vsuav.text import CLIP, MiniLM, TextEncoder, read_prompts
@@ -216,10 +216,9 @@ def _text(folder: Path, kind: str, width: int, digest: "hashlib.blake2b") -> Tex
         digest_tensors(stored, digest)
     if (folder / "text_encoder" / "config.json").is_file():
         compute = CLIP(folder)
-        for path in sorted(p for inner in TEXT_FOLDERS for p in (folder / inner).rglob("*")):
-            if path.is_file():
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "blake2b").digest())
+        for path in text_files(folder):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
     elif kind == "vsuav" and width == MiniLM.width:
         compute = MiniLM()
         digest.update(b"all-minilm-l6-v2")

@@ -31,7 +31,6 @@ PARTS = {
 }
 """Part -> the places it may lie in: folder, config, and names of the weights in order of preference."""
 RAFT_FILES = ("propagator/raft-things.safetensors", "propagator/raft-things.pth")
-TEXT_FOLDERS = ("text_encoder", "tokenizer")
 HUB_FILES = (
     "model_index.json", "prompts.safetensors", "scheduler/*", "low_res_scheduler/*", "tokenizer/*",
     "text_encoder/config.json", "text_encoder/model.safetensors",
@@ -93,8 +92,13 @@ def files(folder: Path) -> Iterator[Path]:
     names += ["model_index.json", "prompts.safetensors", *RAFT_FILES]
     names += [f"{name}/scheduler_config.json" for name in ("scheduler", "low_res_scheduler")]
     yield from (folder / name for name in names if (folder / name).is_file())
-    for inner in TEXT_FOLDERS:
-        yield from (path for path in sorted((folder / inner).rglob("*")) if path.is_file())
+    yield from text_files(folder)
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The files of a folder's text encoder and tokenizer."""
+    paths = (path for inner in ("text_encoder", "tokenizer") for path in (folder / inner).rglob("*"))
+    return sorted(path for path in paths if path.is_file())
 
 
 def fetch(name: str, cached: bool = False) -> Path:

@@ -32,7 +32,7 @@ def most_threads() -> int:
 
 def cores() -> int:
     """CPU cores that this process may use, also where OpenMP has bound this thread to one of them (`OMP_PROC_BIND`)."""
-    return max(len(os.sched_getaffinity(0)), *(library.omp_get_num_procs() for library in _libraries()), 1)
+    return max([len(os.sched_getaffinity(0)), *(library.omp_get_num_procs() for library in _libraries())])
 
 
 def fix() -> None:

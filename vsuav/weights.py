@@ -59,8 +59,10 @@ DTYPES = {
 LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
 
-def _refuse_stand_in(path: Path, beginning: bytes) -> None:
+def _refuse_stand_in(path: Path) -> None:
     """Raise ModelError for what often lies in a large file's place."""
+    with path.open("rb") as file:
+        beginning = file.read(64)
     if beginning.startswith(b"version https://git-lfs"):
         raise ModelError(f"{path} is a Git LFS pointer, not the file itself: fetch it with git lfs pull")
     if beginning.lstrip().startswith(b"<") and 0 not in beginning[:8]:
@@ -71,8 +73,6 @@ def _header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
     """Entries, metadata and the offset of the first data byte of a safetensors file; the file's length is checked."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        _refuse_stand_in(path, file.read(64))
-        file.seek(0)
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else -1
         if not 2 <= length <= LARGEST_HEADER:
@@ -96,9 +96,9 @@ def _header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
             if begin != end:
                 raise ModelError(f"{path}: its tensors overlap or leave gaps")
             end = stop
+    except ModelError:
+        raise
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
-        if isinstance(error, ModelError):
-            raise
         raise ModelError(f"{path} is not a safetensors file this program can read ({error!r})") from None
     if size != start + end:
         problem = "is cut off" if size < start + end else "has bytes behind its last tensor"
@@ -135,8 +135,6 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    with path.open("rb") as file:
-        _refuse_stand_in(path, file.read(64))
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a file that is cut off or something else: whatever its reader stumbles over
@@ -172,6 +170,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise ModelError(f"{path} does not exist")
+    _refuse_stand_in(path)
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
 
 
