@@ -17,6 +17,7 @@ ABLATION = {
     "default": None,
     "without temporal layers": ("default", "e_warp_dis", 1),
     "without propagation": ("default", "e_warp_dis", 1),
+    "without degrain": ("default", "e_warp_dis", 1),
     "image VAE": ("default", "stlpips_vgg", 1),
     "guidance off": None,
     "guidance 3": ("guidance off", "high_frequency", 1),

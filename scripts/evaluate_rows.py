@@ -41,6 +41,7 @@ OURS = {
     "fidelity, 1 step": {"noise_level": 0, "steps": 1, "propagation_steps": []},
     "without temporal layers": {"temporal": False},
     "without propagation": {"propagation_steps": []},
+    "without degrain": {"degrain": 0.0},
     "image VAE": {"video_vae": False},
     "guidance off": {"guidance_scale": 1.0},
     "guidance 3": {"guidance_scale": 3.0},

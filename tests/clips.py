@@ -94,7 +94,7 @@ def case(kind: str, order: str, threads: int, budget: str, model: str = "", leng
         from vsuav.settings import Settings
 
         settings = Settings(
-            steps=4, solver="dpm++2m", propagation_steps=(1, 2), propagation_radius=4, reuse_steps=(2,)
+            steps=4, solver="dpm++2m", propagation_steps=(1, 2), propagation_radius=4, reuse_steps=(2,), degrain=0.5
         )  # fmt: skip
         result, _ = restored(clip, Fake(settings), BUDGETS[budget])
     else:
@@ -102,7 +102,7 @@ def case(kind: str, order: str, threads: int, budget: str, model: str = "", leng
 
         result = upscale(
             clip, model=model or None, steps=2, propagation_steps=[1], propagation_radius=3, dtype="float32",
-            threads=2, cache_mib=BUDGETS[budget] >> 20,
+            degrain=0.5, threads=2, cache_mib=BUDGETS[budget] >> 20,
         )  # fmt: skip
     return ask(result, order)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fakes import Fake
 
+from vsuav.degrain import degrained
 from vsuav.disk import Disk
 from vsuav.engine import Engine, Missing, restore
 from vsuav.propagation import backward_start, forward_start, link, propagate
@@ -76,9 +77,20 @@ def reference_shot(frames, networks: Fake, a: int, b: int, prompt: str, whole: b
     while n < b:
         chunk = range(n, min(n + 3, b))
         keep = min((n // 3 + 1) * 3, b)
-        pictures.append(networks.decode(chunk, x[n - a : chunk.stop - a], frames[n : chunk.stop])[: keep - n])
+        seen = [mixed(m, low, flows, a, settings.degrain) for m in chunk]
+        pictures.append(networks.decode(chunk, x[n - a : chunk.stop - a], seen)[: keep - n])
         n = keep
     return torch.cat(pictures)
+
+
+def mixed(m, low, flows, a, weight):
+    """Frame m of the shot `low`, which begins at `a`, with those beside it in the shot."""
+    here, matches = m - a, []
+    for other in (here - 1, here + 1):
+        if weight and 0 <= other < len(low):
+            forward, backward = flows[min(here, other)].half().float().split(2)
+            matches.append((low[other], *((forward, backward) if other > here else (backward, forward))))
+    return degrained(low[here], matches, weight)
 
 
 def propagated(x0, flows, a, radius):
@@ -121,6 +133,8 @@ SETTINGS = {
     "one step": Settings(steps=1, propagation_steps=(0,)),
     "cool": Settings(steps=3, temperature=0.3, propagation_steps=(1,), propagation_radius=4),
     "cold": Settings(steps=2, temperature=0.0),
+    "degrain": Settings(steps=2, degrain=0.7),
+    "degrain, propagated": Settings(steps=3, propagation_steps=(1,), propagation_radius=4, degrain=0.3),
 }
 
 

@@ -129,6 +129,12 @@ def fake_clip(length: int = 36, budget: int = 1 << 30, settings: Settings | None
     return result, restorer, networks
 
 
+def one_by_one(clip) -> None:
+    """A linear pass whose blocks are made in order, however busy the machine is."""
+    for n in range(clip.num_frames):
+        clip.get_frame(n).close()
+
+
 def test_a_linear_pass_makes_each_window_once():
     for threads in THREADS:
         vs.core.num_threads = threads
@@ -150,9 +156,9 @@ def test_a_small_budget_is_raised_once_and_costs_little():
     assert len([line for line in lines if "cache_mib" in line]) == 1
     assert restorer.engine.store.budget == restorer.engine.working_set(16, 24)
     result, _, small = fake_clip(90, budget=1)
-    ask(result, "linear")
+    one_by_one(result)
     result, _, unlimited = fake_clip(90)
-    ask(result, "linear")
+    one_by_one(result)
     assert len(small.windows) <= 1.5 * len(unlimited.windows)
 
 

@@ -29,7 +29,8 @@ class Naive:
         self.recipe, self.values, self.leaves = recipe, {}, {}
         self.visits = 0
         for n in range(length - 1):
-            self._make(("flow", n), ("flow", n), frames=(n, n + 1))
+            for kind in ("flow", "motion"):
+                self._make((kind, n), (kind, n), frames=(n, n + 1))
         ends = [0, *cuts, length]
         for start, stop in zip(ends, ends[1:], strict=False):
             self._shot(start, stop)
@@ -70,7 +71,10 @@ class Naive:
                 self._make(("latent", step + 1, n), ("next", step, *content), reads)
         for n in shot:
             first = max(n // 3 * 3, a)
-            reads = [("latent", recipe.steps, m) for m in range(first, min(first + 3, b))]
+            span = range(first, min(first + 3, b))
+            reads = [("latent", recipe.steps, m) for m in span]
+            if recipe.degrain:
+                reads += [("motion", m) for m in range(max(a, span[0] - 1), min(b - 1, span[-1] + 1))]
             self._make(("frame", n), ("frame", n, *(values[read] for read in reads)), reads)
 
     def _clean(self, step: int, a: int, b: int) -> None:
@@ -122,7 +126,7 @@ def carry_out(task: Task, held: dict, recipe: Recipe) -> list[int]:
             earlier = [held[key] for key in task.reads if key[0] == "deep"]
             return [hash((*key, *latents, *(earlier if key[0] == "v" else ()))) for key in task.makes]
         case "flow":
-            return [hash(task.makes[0])]
+            return [hash(key) for key in task.makes]
         case "x0":
             return [hash(("x0", step, *prediction(task.frames[0])))]
         case "backward" | "forward":
@@ -167,6 +171,7 @@ RECIPES = st.integers(1, 4).flatmap(
         st.frozensets(st.integers(0, steps - 1), max_size=2),
         st.integers(1, 18),
         st.frozensets(st.integers(1, steps - 1)) if steps > 1 else st.just(NONE),
+        st.booleans(),
     )
 )
 CLIPS = st.integers(1, 70).flatmap(
@@ -196,25 +201,30 @@ def test_a_plan_makes_what_the_naive_loop_makes(clip, recipe, share, seed):
     run(plan, held, recipe)
     for n in range(block * BLOCK, min((block + 1) * BLOCK, clip[0])):
         assert held["frame", n] == naive.values["frame", n]
+    pairs = [task.frames for task in plan.tasks if task.kind == "flow"]
+    assert len(pairs) == len(set(pairs))
     windows = [task.makes[0] for task in plan.tasks if task.kind == "window"]
     assert plan.calls == len(windows) == len(set(windows))
     again = set(windows) & there.keys()
     assert all(recipe.keeps(key[1]) and ("deep", *key[1:]) not in there for key in again)
     read = {n for task in plan.tasks if task.kind in ("window", "flow", "decode") for n in task.frames}
-    assert plan.sources == read
+    beside = {n + side for task in plan.tasks for kind, n, *_ in task.reads if kind == "motion" for side in (0, 1)}
+    assert plan.sources == read | beside
 
 
 @settings(max_examples=60)
 @given(CLIPS, RECIPES)
-def test_a_linear_pass_computes_each_window_once(clip, recipe):
+def test_a_linear_pass_computes_each_window_and_each_flow_once(clip, recipe):
     length, cuts = clip
-    naive, shots, held, calls = Naive(*clip, recipe), shots_of(*clip), {}, []
+    naive, shots, held, calls, pairs = Naive(*clip, recipe), shots_of(*clip), {}, [], []
     for block in blocks_of(length):
         plan = plan_block(block, recipe, shots, held.__contains__)
+        pairs += [task.frames for task in plan.tasks if task.kind == "flow"]
         calls += [task.makes[0] for task in plan.tasks if task.kind == "window"]
         run(plan, held, recipe)
     assert all(held["frame", n] == naive.values["frame", n] for n in range(length))
     assert len(calls) == len(set(calls))
+    assert len(pairs) == len(set(pairs))
     reference = 1 if length <= 8 else len(range(0, length, 6))
     assert len(calls) <= recipe.steps * (reference + 2 * len(cuts))
 

@@ -76,7 +76,8 @@ BAD = {
     "guidance_interval": [(0.5, 0.2), (0, 2), (0.1,), "all", 0.5, (float("nan"), 1)],
     "propagation_steps": [[5], [-1], ["a"], 2, [1.0], [True]], "propagation_radius": [0, -3, 1.5],
     "reuse_steps": [[4], [0], [-1], ["a"], 2, [1.0]],
-    "flow": ["farneback"], "color_fix": ["hist", 1], "scene_threshold": [-0.1, 1.1, "x"],
+    "degrain": [-0.1, 1.1, float("nan"), "1", True], "flow": ["farneback"],
+    "color_fix": ["hist", 1], "scene_threshold": [-0.1, 1.1, "x"],
     "max_shot": [23, 25, 12, 0, "30", True], "tile": [(8, 64), (64,), "big", (64, 64, 64), (33.5, 64), (20, 20)],
     "tile_overlap": [-1, 2.5], "seed": [-1, 2**64, 0.5, "x"], "dtype": ["float64", 16], "threads": [0, -1, 1.5, "all"],
     "prompt": [3, [], [(0, 1)], [(1, "a"), (0, "b")], [(0, "a"), (0, "b")], [("0", "a")], b"rain", [(-1, "a")]],
@@ -124,7 +125,7 @@ OTHER = {
     "flow": "raft", "video_vae": False, "color_fix": "adain", "scene_detect": False, "scene_threshold": 0.2,
     "max_shot": 24, "tile": (64, 64), "tile_overlap": 17, "seed": 1, "dtype": "float16", "prompts": ((0, "x"),),
     "device": "cuda:0", "threads": 2, "tiny_vae": True, "compile": "kernels", "ensemble": 4,
-    "reuse_steps": (1,), "temperature": 0.5,
+    "reuse_steps": (1,), "temperature": 0.5, "degrain": 0.5,
 }  # fmt: skip
 
 

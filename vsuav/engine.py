@@ -14,6 +14,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from vsuav.degrain import degrained
 from vsuav.disk import Disk, program
 from vsuav.ensemble import Orientation, averaged
 from vsuav.flow import origins
@@ -195,10 +196,14 @@ class Engine:
         earlier = (held[key] for key in task.reads if key[0] == "deep")
         return (self.networks.window(*inputs, *earlier).to(self.networks.latent_dtype),)
 
-    def _flow(self, task: Task, held, shots, sources) -> tuple[Tensor]:
-        """Where the pixels of each frame come from in the other, the first frame's before the second's: "2 h w"."""
-        forward, backward = self.networks.flow(*(sources[n] for n in task.frames)).split(2)
-        return (torch.stack([origins(forward, backward), origins(backward, forward)]),)
+    def _flow(self, task: Task, held, shots, sources) -> list[Tensor]:
+        """The flow of a pair, "4 h w" in half precision, forward first; where the pixels of each frame come from in the
+        other, "2 h w"; or both, as wanted.
+        """
+        motion = self.networks.flow(*(sources[n] for n in task.frames))
+        there, back = motion.split(2)
+        make = {"motion": motion.half, "flow": lambda: torch.stack([origins(there, back), origins(back, there)])}
+        return [make[key[0]]() for key in task.makes]
 
     def _prediction(self, task: Task, held) -> tuple[Tensor, Tensor]:
         """Latent and merged prediction of the task's frame, both float32."""
@@ -242,8 +247,17 @@ class Engine:
 
     def _decode(self, task: Task, held, shots, sources) -> list[Tensor]:
         latents = [held["latent", task.step, n] for n in task.frames]
-        picture = self.networks.decode(task.frames, latents, [sources[n] for n in task.frames])
+        picture = self.networks.decode(task.frames, latents, [self._seen(n, task, held, sources) for n in task.frames])
         return [picture[key[1] - task.frames[0]] for key in task.makes]
+
+    def _seen(self, n: int, task: Task, held, sources) -> Tensor:
+        """What the decoder sees of input frame n, from the flows that the task reads."""
+        matches = []
+        for neighbour, pair in ((n - 1, n - 1), (n + 1, n)):
+            if ("motion", pair) in task.reads:
+                there, back = held["motion", pair].float().split(2)
+                matches.append((sources[neighbour], *((there, back) if neighbour > n else (back, there))))
+        return degrained(sources[n], matches, self.networks.settings.degrain) if matches else sources[n]
 
 
 def restore(frames: Tensor, networks: Networks, shots: Shots | None = None, cache_mib: int = 1024) -> Tensor:

@@ -84,7 +84,7 @@ class Price:
         every = [f"{name}={value!r}" for name, value in (
             ("steps", s.steps), ("solver", s.solver), ("guidance_scale", s.guidance_scale),
             ("propagation_steps", s.propagation_steps), ("reuse_steps", s.reuse_steps), ("flow", s.flow),
-            ("ensemble", s.ensemble), ("tile", s.tile),
+            ("degrain", s.degrain), ("ensemble", s.ensemble), ("tile", s.tile),
         )]  # fmt: skip
         pieces = f" of {self.tiles} tiles each" if self.tiles > 1 else ""
         return [
@@ -154,7 +154,8 @@ def _measured(networks: Networks, count: int, tile: Size, size: Size) -> tuple[d
             decoding = _shortest(decode(LARGEST)) * size[0] * size[1] / (LARGEST[0] * LARGEST[1])
         else:
             decoding = _seconds(decode, size, settings.device)
-        flow = _shortest(partial(networks.flow, *_noise(2, 3, size))) if settings.propagation_steps else 0.0
+        moving = settings.propagation_steps or settings.degrain
+        flow = _shortest(partial(networks.flow, *_noise(2, 3, size))) if moving else 0.0
     return pieces, decoding, flow
 
 

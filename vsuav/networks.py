@@ -122,7 +122,7 @@ def recipe_of(settings: Settings, sampler: Sampler) -> Recipe:
     """
     recipe = Recipe(
         settings.steps, sampler.history, frozenset(settings.propagation_steps), settings.propagation_radius,
-        frozenset(settings.reuse_steps),
+        frozenset(settings.reuse_steps), settings.degrain > 0,
     )  # fmt: skip
     guided = [settings.guided(timestep) for timestep in sampler.timesteps]
     for step in sorted(recipe.reuse):

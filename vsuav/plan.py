@@ -5,16 +5,17 @@ their merged predictions give `latent(step + 1, n)`; a propagation step puts a b
 between. A key names one value of the graph:
 
     ("v", step, start, stop)      prediction of one window    ("latent", step, n)   latent of frame n before `step`
-    ("deep", step, start, stop)   deep features of a window   ("flow", n)           flow between n and n + 1, both ways
-    ("x0", step, n)               clean latent as predicted   ("back", step, n)     backward value of frame n
-    ("clean", step, n)            clean latent as used        ("frame", n)          decoded frame
+    ("deep", step, start, stop)   deep features of a window   ("frame", n)          decoded frame
+    ("x0", step, n)               clean latent as predicted   ("motion", n)         flow between n and n + 1, both ways
+    ("back", step, n)             backward value of frame n   ("flow", n)           where it says pixels come from
+    ("clean", step, n)            clean latent as used
 
 Latents before step 0 are noise and need no task. The planner goes through the steps from the last to the first,
 collects what is wanted and not there, and lists the tasks so that each is done when a later one needs it.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -28,7 +29,7 @@ Key = tuple
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the planner knows of the settings: steps, how many earlier x0 the solver reads, propagation, reuse.
+    """What the planner knows of the settings: steps, how many earlier x0 the solver reads, propagation, reuse, degrain.
 
     A window of a step in `reuse` reads the deep features of the same window at `origin(step)`, the last step before
     that is computed in full. It reads latents of the same frames, which depend on all that these features depend on,
@@ -40,6 +41,7 @@ class Recipe:
     propagation: frozenset[int] = frozenset()
     radius: int = 16
     reuse: frozenset[int] = frozenset()
+    degrain: bool = False
 
     def origin(self, step: int) -> int:
         """The step whose deep features the windows of `step` are computed with: its own, or an earlier one."""
@@ -116,16 +118,29 @@ def plan_block(block: int, recipe: Recipe, shots: Shots, have: Callable[[Key], b
             chunks.append(chunk)
     wanted = {n for chunk in chunks for n in range(chunk.start, chunk.stop)}
     decodes = []
+    pairs: set[int] = set()
     for chunk in chunks:
         span = tuple(range(chunk.start, chunk.stop))
+        seen = _beside(chunk.start, chunk.stop, shots) if recipe.degrain else span
         reads = tuple(("latent", recipe.steps, n) for n in span)
+        if recipe.degrain:
+            reads += tuple(("motion", n) for n in seen[:-1])
+            pairs.update(seen[:-1])
         makes = tuple(("frame", n) for n in range(chunk.start, chunk.keep))
-        decodes.append(Task("decode", recipe.steps, span, reads, makes, span))
-    return Plan((*plan_latents(wanted, recipe, shots, have).tasks, *decodes))
+        decodes.append(Task("decode", recipe.steps, span, reads, makes, seen))
+    motions = {n for n in pairs if not have(("motion", n))}
+    return Plan((*plan_latents(wanted, recipe, shots, have, motions).tasks, *decodes))
 
 
-def plan_latents(wanted: Iterable[int], recipe: Recipe, shots: Shots, have: Callable[[Key], bool]) -> Plan:
-    """The tasks that make the final latents of the frames `wanted`."""
+def _beside(start: int, stop: int, shots: Shots) -> tuple[int, ...]:
+    """The frames of ``[start, stop)`` and those right before and after that are of the same shot."""
+    return tuple(range(shots.clamp(start, start - 1), shots.clamp(stop - 1, stop) + 1))
+
+
+def plan_latents(
+    wanted: Iterable[int], recipe: Recipe, shots: Shots, have: Callable[[Key], bool], motions: Collection[int] = ()
+) -> Plan:
+    """The tasks that make the final latents of the frames `wanted`, and the flow from each of `motions`."""
     levels = []
     latents = set(wanted)
     cleans: dict[int, set[int]] = defaultdict(set)
@@ -135,7 +150,11 @@ def plan_latents(wanted: Iterable[int], recipe: Recipe, shots: Shots, have: Call
         level = _Level(step, recipe, shots, have)
         latents = level.demand(latents, cleans, deeps, flows)
         levels.append(level.tasks)
-    flow_tasks = [Task("flow", 0, (n, n + 1), (), (("flow", n),), (n, n + 1)) for n in sorted(flows)]
+    flow_tasks = []
+    for n in sorted(flows.union(motions)):
+        moves = n in motions or recipe.degrain  # what a block ahead will read is not worth a second estimate
+        makes = tuple((kind, n) for kind, made in (("flow", n in flows), ("motion", moves)) if made)
+        flow_tasks.append(Task("flow", 0, (n, n + 1), (), makes, (n, n + 1)))
     return Plan(tuple(_late([*flow_tasks, *(task for level in reversed(levels) for task in level)])))
 
 
@@ -316,7 +335,7 @@ class Front:
 
 
 def _kind(key: Key) -> Key:
-    return key[:1] if key[0] == "flow" else key[:2]
+    return key[:1] if key[0] in ("flow", "motion") else key[:2]
 
 
 @lru_cache(maxsize=16)
@@ -353,9 +372,9 @@ def working_set(recipe: Recipe, latent_bytes: int, clean_bytes: int, flow_bytes:
     Args:
         latent_bytes: of one latent of one frame, and of a frame's part of a prediction.
         clean_bytes: of one clean latent, raw or propagated.
-        flow_bytes: of one flow pair.
+        flow_bytes: of one flow pair, and of the origins it leads to.
         deep_bytes: of a frame's part of a window's deep features.
     """
-    each = {"v": latent_bytes, "latent": latent_bytes, "flow": flow_bytes, "deep": deep_bytes}
+    each = {"v": latent_bytes, "latent": latent_bytes, "flow": flow_bytes, "motion": flow_bytes, "deep": deep_bytes}
     held = sum(each.get(kind, clean_bytes) * count for kind, count in front(recipe).frames.items())
     return held + held // 4 + 2 * WINDOW * (latent_bytes + (deep_bytes if recipe.reuse else 0))

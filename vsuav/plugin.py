@@ -60,6 +60,7 @@ def upscale(
     propagation_radius: int = 16,
     reuse_steps: Sequence[int] | None = None,
     flow: str = "auto",
+    degrain: float | None = None,
     video_vae: bool | None = None,
     tiny_vae: bool = False,
     color_fix: str | None = None,
@@ -106,6 +107,8 @@ def upscale(
         reuse_steps: step indices from 1 at which only the U-Net's outer ring is computed, with the deep features of the
             last step before that is not among them; faster, other pixels.
         flow: `raft` (needs weights in the model folder), `dis`, or `auto`.
+        degrain: 0…1, weight of the frames before and after in what the decoder sees of a frame, brought to its place
+            along the optical flow, where it can be trusted and they look alike; 0 is off. More is steadier and softer.
         video_vae: decode with the video decoder (False: the image decoder).
         tiny_vae: decode with the tiny decoder in the model's folder `vae_tiny`: faster, coarser.
         color_fix: `none`, `adain` or `wavelet`: brings colours back to the input's.

@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 FALLBACK: dict[str, Any] = {
     "prompt": "", "negative_prompt": "", "preset": "balanced", "noise_level": 120, "video_vae": True,
     "color_fix": "wavelet", "spacing": None, "guidance_interval": (0.0, 1.0), "solver": "ddim",
-    "guidance_scale": 1.0, "propagation_steps": (), "reuse_steps": (),
+    "guidance_scale": 1.0, "propagation_steps": (), "reuse_steps": (), "degrain": 0.0,
 }  # fmt: skip
 
 NOT_IN_DIGEST = frozenset(
@@ -52,6 +52,7 @@ NOT_IN_DIGEST = frozenset(
         "threads",
         "video_vae",
         "tiny_vae",
+        "degrain",
         "color_fix",
         "ensemble",
         "scene_detect",
@@ -85,6 +86,7 @@ class Settings:
     propagation_radius: int = 16
     reuse_steps: tuple[int, ...] = ()
     flow: str = "dis"
+    degrain: float = 0.0
     video_vae: bool = True
     tiny_vae: bool = False
     color_fix: str = "none"
@@ -159,6 +161,7 @@ def check(settings: Settings) -> Settings:
         "temperature": _real("temperature", s.temperature, 0, 1),
         "propagation_radius": _integer("propagation_radius", s.propagation_radius, 1, 1000),
         "flow": _choice("flow", s.flow, FLOWS),
+        "degrain": _real("degrain", s.degrain, 0, 1),
         "color_fix": _choice("color_fix", s.color_fix, COLOR_FIXES),
         "scene_threshold": _real("scene_threshold", s.scene_threshold, 0, 1),
         "tile_overlap": _integer("tile_overlap", s.tile_overlap, 0, 4096),
