@@ -16,7 +16,7 @@ from vsuav.flow import origins
 Match = tuple[Tensor, Tensor, Tensor]
 """A neighbour "c h w", the flow that leads to it from the frame, and the one that leads back, both "2 h w"."""
 
-LIKE = 0.2
+LIKE = 0.1
 """Difference, of a range of 2, from which on a neighbour hardly counts: the width of a Gaussian."""
 PATCH = 5
 """Side of the square of pixels over which likeness is judged."""
