@@ -79,21 +79,44 @@ def variants(settings: dict[str, dict]) -> Callable[[vs.VideoNode], Strip]:
     return make
 
 
-def propagation(source: vs.VideoNode) -> Strip:
-    """One column of pixels over time: bicubic, without and with propagation."""
-    settings = {"no propagation": []} | {f"propagation_steps={steps}": steps for steps in ([0], [1])}
-    enlarged = source.resize.Bicubic(4 * source.width, 4 * source.height)
-    clips = {"bicubic": enlarged}
-    clips |= {name: upscale(source, steps=2, propagation_steps=steps) for name, steps in settings.items()}
-    shown = {name: frames_of(clip) for name, clip in clips.items()}
-    panels, rows = {}, {}
-    for name, moving in shown.items():
-        profile = (255 * temporal_profile(moving, moving.shape[-1] // 2)).round().byte().permute(1, 2, 0).numpy()
-        picture = Image.fromarray(profile)
-        panels[name] = picture.resize((5 * picture.width, picture.height), Image.Resampling.NEAREST)
-        flicker = warping_error(moving, DIS(), shown["bicubic"])
-        rows[name] = (flicker, high_frequency_energy(moving) / high_frequency_energy(shown["bicubic"]))
-    return Strip(panels, ("flicker (warping error)", "fine detail, bicubic = 1"), rows)
+def over_time(settings: dict[str, dict], grain: float = 0.0) -> Callable[[vs.VideoNode], Strip]:
+    """A strip of one column of pixels over time: bicubic, then the clip restored with each of the named settings.
+
+    Args:
+        grain: standard deviation of the noise that is added to the clip first, of 1. Flicker is measured along the flow
+            of the clip without it.
+    """
+
+    def make(source: vs.VideoNode) -> Strip:
+        size = 4 * source.width, 4 * source.height
+        input_ = grainy(source, grain) if grain else source
+        clips = {"bicubic": input_.resize.Bicubic(*size)}
+        clips |= {name: upscale(input_, **given) for name, given in settings.items()}
+        truth = frames_of(source.resize.Bicubic(*size))
+        shown = {name: frames_of(clip) for name, clip in clips.items()}
+        panels, rows = {}, {}
+        for name, moving in shown.items():
+            profile = (255 * temporal_profile(moving, moving.shape[-1] // 2)).round().byte().permute(1, 2, 0).numpy()
+            picture = Image.fromarray(profile)
+            panels[name] = picture.resize((5 * picture.width, picture.height), Image.Resampling.NEAREST)
+            flicker = warping_error(moving, DIS(), truth)
+            rows[name] = (flicker, high_frequency_energy(moving) / high_frequency_energy(shown["bicubic"]))
+        return Strip(panels, ("flicker (warping error)", "fine detail, bicubic = 1"), rows)
+
+    return make
+
+
+def grainy(source: vs.VideoNode, grain: float) -> vs.VideoNode:
+    """The clip as RGBS with Gaussian noise, the same at every call, each frame's its own."""
+    clean = source.resize.Bicubic(format=vs.RGBS)
+
+    def add(n: int, f: vs.VideoFrame) -> vs.VideoFrame:
+        frame, noise = f.copy(), np.random.default_rng(n).normal(0, grain, (3, f.height, f.width))
+        for plane in range(3):
+            np.asarray(frame[plane])[:] += noise[plane]
+        return frame
+
+    return clean.std.ModifyFrame(clean, add)
 
 
 STRIPS: dict[str, Callable[[vs.VideoNode], Strip]] = {
@@ -106,9 +129,13 @@ STRIPS: dict[str, Callable[[vs.VideoNode], Strip]] = {
     "prompts": variants({f'"{text}"': {"prompt": text, "color_fix": "none"} for text in LOOKS}),
     "color-fix": variants({f'color_fix="{name}"': {"color_fix": name} for name in ("none", "adain", "wavelet")}),
     "ensemble": variants({f"ensemble={n}": {"ensemble": n} for n in (1, 2, 4)}),
-    "propagation": propagation,
+    "propagation": over_time(
+        {"no propagation": {"steps": 2, "propagation_steps": []}}
+        | {f"propagation_steps={steps}": {"steps": 2, "propagation_steps": steps} for steps in ([0], [1])}
+    ),
+    "degrain": over_time({f"degrain={weight}": {"degrain": weight} for weight in (0.0, 0.2, 1.0)}, grain=0.02),
 }
-COLUMNS = {"temperature": 2, "color-fix": 2, "ensemble": 2, "propagation": 4}
+COLUMNS = {"temperature": 2, "color-fix": 2, "ensemble": 2, "propagation": 4, "degrain": 4}
 """Panels in a row, 3 unless said otherwise."""
 
 
