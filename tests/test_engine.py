@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from fakes import Fake
+from fakes import Fake, NoOp
 
 from vsuav.degrain import degrained
 from vsuav.disk import Disk
@@ -172,6 +172,24 @@ def test_prompts_change_at_cuts_and_reach_the_windows():
     got = restore(frames, Fake(settings), shots_of(20, (), prompts))
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
     assert not torch.allclose(got, restore(frames, Fake(settings)), atol=1e-3)
+
+
+class Still(NoOp):
+    """Gives the input back, and says that nothing moves."""
+
+    def flow(self, first, second):
+        return torch.zeros(4, *first.shape[-2:])
+
+
+def test_degrain_averages_frames_with_those_beside_them_up_to_the_cut():
+    generator = torch.Generator().manual_seed(1)
+    frames = torch.cat([torch.full((n, 3, *SIZE), grey) for n, grey in ((8, -0.5), (1, 0.0), (12, 0.02))])
+    frames += 0.002 * torch.randn(frames.shape, generator=generator)
+    got = restore(frames, Still(Settings(steps=1, degrain=1.0)), shots_of(21, (8, 9)))[..., ::4, ::4] * 2 - 1
+    for n in range(21):
+        a, b = next((a, b) for a, b in ((0, 8), (8, 9), (9, 21)) if a <= n < b)
+        mean = frames[max(a, n - 1) : min(b, n + 2)].mean(0)
+        torch.testing.assert_close(got[n], mean, rtol=0, atol=1e-5)
 
 
 def random_flows(generator, length: int, shape) -> list[torch.Tensor]:
