@@ -573,3 +573,12 @@ def test_interlaced_files_are_refused_unless_said_to_be_progressive(folder, run,
     code, said, _ = run("restore", source, target, "--model", folder / "model", *LOSSLESS)
     assert code == 1 and "deinterlace it first" in said and "SetFieldBased" in said
     assert run("restore", source, target, "--model", folder / "model", "--progressive", *LOSSLESS)[0] == 0
+
+
+@pytest.mark.parametrize("module", ["av", "imageio_ffmpeg"])
+def test_a_missing_package_is_one_line_that_names_the_extra(module, tmp_path):
+    code = f"import sys; sys.modules[{module!r}] = None; from vsuav.__main__ import main; main()"
+    command = [sys.executable, "-c", code, "restore", str(tmp_path / "in.mkv"), str(tmp_path / "out.mkv")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f'vsuav: {module} is missing: pip install "vsuav[cli]"\n'

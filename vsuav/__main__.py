@@ -21,6 +21,8 @@ except ImportError as missing:
     sys.exit(f'vsuav: {missing.name} is missing: pip install "vsuav[cli]"')
 
 STOPPED = 130
+EXTRA = ("av", "imageio_ffmpeg", "PIL")
+"""Modules of the command line that are imported when a command needs them."""
 EXAMPLES = "\n\n\b\nExamples:\n  "
 
 app = typer.Typer(
@@ -52,6 +54,8 @@ def reported(verbose: bool) -> Iterator[None]:
             console.print(rich.traceback.Traceback())
         said = str(error).rpartition("vapoursynth.Error: ")[2]  # of an error in a frame VapourSynth tells all it knows
         line = " ".join(said.split()) or type(error).__name__
+        if isinstance(error, ModuleNotFoundError) and error.name in EXTRA:
+            line = f'{error.name} is missing: pip install "vsuav[cli]"'
         console.print(f"vsuav: {line}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
