@@ -5,10 +5,19 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 
+from vsuav import native
 from vsuav.degrain import LIKE, PATCH, degrained
 from vsuav.flow import valid
+
+
+@pytest.fixture(autouse=True, params=["as it is here", "by torch"])
+def code(request, monkeypatch):
+    """With this project's own machine code, where there is some, and without."""
+    if request.param == "by torch":
+        monkeypatch.setattr(native, "KIND", None)
+
 
 SIZES = st.sampled_from([(1, 1), (3, 7), (16, 16), (23, 40)])
 
@@ -41,7 +50,7 @@ def by_hand(frame, matches, weight):
     return torch.from_numpy(sums / counts).float()
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(SIZES, st.integers(0, 2**16), st.sampled_from([0.2, 0.5, 1.0]), st.integers(1, 2))
 def test_it_is_the_weighted_mean_of_what_the_flow_finds(size, seed, weight, neighbours):
     generator = torch.Generator().manual_seed(seed)
@@ -71,6 +80,7 @@ def test_grain_is_averaged_by_the_weights(weight):
     assert left.item() == pytest.approx((1 + 2 * weight**2) / (1 + 2 * weight) ** 2, rel=0.03)
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**16), st.floats(0, 1, width=32))
 def test_frames_that_are_alike_come_back_as_they_were(seed, weight):
     frame = smooth((16, 24), torch.Generator().manual_seed(seed))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from vsuav import native
 from vsuav.checkpoint import load
+from vsuav.degrain import degrained
 from vsuav.engine import Engine
 from vsuav.enlarger import Plain
 from vsuav.flow import origins
@@ -452,6 +453,20 @@ def test_propagation_is_that_of_torch_to_the_bit(library, height, width, channel
         patch.setattr(native, "KIND", None)
         assert torch.equal(place, origins(there, back))
         assert torch.equal(blended, blend(current, source, place))
+
+
+@there
+@pytest.mark.parametrize("size", [(1, 1), (9, 4), (33, 50)])
+def test_frames_are_degrained_as_by_torch(library, monkeypatch, size):
+    monkeypatch.setattr(native, "_library", library)
+    generator = torch.Generator().manual_seed(size[1])
+    frame, neighbour = torch.randn(2, 3, *size, generator=generator) / 8
+    flow = 3 * torch.randn(2, *size, generator=generator)
+    back = torch.where(torch.rand(size, generator=generator) < 0.8, -flow.mean((1, 2), keepdim=True), flow)
+    flow = flow.mean((1, 2), keepdim=True).expand(2, *size).contiguous()
+    seen = degrained(frame, [(neighbour, flow, back), (frame, back, flow)], 0.7)
+    monkeypatch.setattr(native, "KIND", None)
+    assert (seen - degrained(frame, [(neighbour, flow, back), (frame, back, flow)], 0.7)).abs().max() < 1e-6
 
 
 @there

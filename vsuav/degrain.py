@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vsuav import native
 from vsuav.flow import origins
 
 Match = tuple[Tensor, Tensor, Tensor]
-"""A neighbour "c h w", the flow that leads to it from the frame, and the one that leads back, both "2 h w"."""
+"""A neighbour "3 h w", the flow that leads to it from the frame, and the one that leads back, both "2 h w"."""
 
 LIKE = 0.1
 """Difference, of a range of 2, from which on a neighbour hardly counts: the width of a Gaussian."""
@@ -23,18 +24,23 @@ PATCH = 5
 
 
 def degrained(frame: Tensor, matches: Iterable[Match], weight: float) -> Tensor:
-    """The weighted mean of `frame` "c h w", float32 in [-1, 1], and its neighbours; the frame's own weight is 1.
+    """The weighted mean of `frame` "3 h w", float32 in [-1, 1], and its neighbours; the frame's own weight is 1.
 
     A neighbour's pixel weighs `weight` * exp(-d / (2 LIKE^2)), where d is the mean squared difference over a patch, and
     nothing where the flow is not `flow.valid` or leads out of the frame.
     """
-    total, change = torch.ones_like(frame[:1]), torch.zeros_like(frame)
+    total, change = frame.new_ones(1, *frame.shape[1:]), frame.new_zeros(frame.shape)
+    steep = -0.5 / LIKE**2
     for neighbour, there, back in matches:
-        trusted = (origins(there, back) >= 0)[None]
+        origin = origins(there, back)
+        if native.follows(frame, neighbour, there):
+            native.degrain(frame, neighbour, there, origin, weight, steep, change, total)
+            continue
+        trusted = (origin >= 0)[None]
         difference = torch.where(trusted, _sampled(neighbour, there) - frame, 0)
         error = difference.square().mean(0, keepdim=True)
         distance = F.avg_pool2d(error, PATCH, 1, PATCH // 2, count_include_pad=False)
-        share = torch.exp_(distance.mul_(-0.5 / LIKE**2)).mul_(weight).mul_(trusted)
+        share = torch.exp_(distance.mul_(steep)).mul_(weight).mul_(trusted)
         total += share
         change.addcmul_(difference, share)
     return change.div_(total).add_(frame)
@@ -43,7 +49,7 @@ def degrained(frame: Tensor, matches: Iterable[Match], weight: float) -> Tensor:
 def _sampled(x: Tensor, flow: Tensor) -> Tensor:
     """x "c h w" at (X + flow_x, Y + flow_y), bicubic (a = -0.75), its edge pixels going on outside."""
     height, width = flow.shape[-2:]
-    column = (torch.arange(width) + flow[0] + 0.5) * (2 / width) - 1
-    row = (torch.arange(height)[:, None] + flow[1] + 0.5) * (2 / height) - 1
+    column = (torch.arange(width, device=flow.device) + flow[0] + 0.5) * (2 / width) - 1
+    row = (torch.arange(height, device=flow.device)[:, None] + flow[1] + 0.5) * (2 / height) - 1
     grid = torch.stack([column, row], dim=-1)
     return F.grid_sample(x[None], grid[None], "bicubic", "border", align_corners=False)[0]

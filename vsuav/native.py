@@ -15,7 +15,7 @@ import ctypes
 import itertools
 import math
 from collections.abc import Iterator
-from ctypes import c_double, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -95,10 +95,11 @@ def opened(file: Path) -> ctypes.CDLL:
     sizes = sum(ctypes.sizeof(kind) << 10 * i for i, kind in enumerate(kinds))
     if hasattr(library, "sizes"):
         library.sizes.restype = c_int64
-    if not hasattr(library, "blend") or library.sizes() != sizes:
+    if not hasattr(library, "degrain") or library.sizes() != sizes:
         raise OSError(f"{file} was built from other source")
     library.origins.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_void_p)
     library.blend.argtypes = (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p)
+    library.degrain.argtypes = (*(c_void_p,) * 4, c_int64, c_int64, c_float, c_float, c_void_p, c_void_p)
     for name in ("room", "weights_room", "affine_room", "attend_room", "over_time_room"):
         function = getattr(library, name)
         function.argtypes, function.restype = (c_void_p,), c_int64
@@ -369,3 +370,14 @@ def blend(current: Tensor, source: Tensor, origin: Tensor) -> Tensor:
     result = buffers.empty(current.shape, current.dtype)
     _library.blend(_at(current), _at(source), _at(origin), len(current), origin.numel(), _at(result))
     return result
+
+
+def degrain(
+    frame: Tensor, neighbour: Tensor, flow: Tensor, origin: Tensor, weight: float, steep: float, change: Tensor,
+    total: Tensor,
+) -> None:
+    """What a neighbour adds to the sums of `degrain.degrained`, "c h w" and "1 h w", all float32 on the CPU."""
+    frame, neighbour, flow, origin = (x.contiguous() for x in (frame, neighbour, flow, origin))
+    _library.degrain(
+        _at(frame), _at(neighbour), _at(flow), _at(origin), *frame.shape[-2:], weight, steep, _at(change), _at(total)
+    )
