@@ -22,6 +22,7 @@ from torch import Tensor
 from vsuav import color, frames, upscale
 from vsuav.arithmetic import exact_arithmetic
 from vsuav.checkpoint import Models
+from vsuav.degrain import degrained
 from vsuav.engine import Engine, restore
 from vsuav.flow import DIS, origins
 from vsuav.networks import Networks, choose, recipe_of
@@ -136,6 +137,7 @@ def parts(size: Size, settings: Settings) -> dict[str, Call]:
     forward, backward = dis(clip[0], clip[1])
     latents, origin = torch.randn(CHAIN, 4, height, width), origins(forward, backward)
     content, low = torch.rand(CHUNK, 3, 4 * height, 4 * width) * 2 - 1, clip[:CHUNK].contiguous()
+    matches = [(low[1], forward, backward), (low[2], forward, backward)]
     recipe = Nothing(settings, size).recipe
     released = PRESETS["reference"]
     longest = Recipe(released["steps"], 0, frozenset(released["propagation_steps"]))
@@ -159,6 +161,7 @@ def parts(size: Size, settings: Settings) -> dict[str, Call]:
         "propagation, origins of a pair, both ways": lambda: (origins(forward, backward), origins(backward, forward)),
         "propagation, one link": lambda: blend(latents[0], latents[1], origin),
         f"propagation, links of {CHAIN} frames, both ways": chains,
+        "degrain, one frame": lambda: degrained(low[0], matches, 0.2),
         "noise of one frame": lambda: frame_noise(0, "latent", 1, (4, height, width)),
         f"colour, wavelet, {CHUNK} frames": lambda: color.wavelet(content, color.bicubic(low, 4)),
         f"colour, AdaIN, {CHUNK} frames": lambda: color.adain(content, color.bicubic(low, 4)),
