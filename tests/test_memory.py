@@ -16,7 +16,7 @@ def peak(length: int, said) -> None:
 
     vs.core.num_threads = 2
     clip = vs.core.std.BlankClip(format=vs.RGBS, width=48, height=32, length=length, color=[0.2, 0.5, 0.7])
-    settings = Settings(steps=3, propagation_steps=(1,), propagation_radius=2)
+    settings = Settings(steps=3, propagation_steps=(1,), propagation_radius=2, degrain=0.5)
     result, restorer = restored(clip, Fake(settings), budget=0)
     restorer.engine.networks.windows = Count()
     for _ in result.frames(prefetch=4, close=True):
