@@ -89,9 +89,9 @@ def over_time(settings: dict[str, dict], grain: float = 0.0) -> Callable[[vs.Vid
 
     def make(source: vs.VideoNode) -> Strip:
         size = 4 * source.width, 4 * source.height
-        input_ = grainy(source, grain) if grain else source
-        clips = {"bicubic": input_.resize.Bicubic(*size)}
-        clips |= {name: upscale(input_, **given) for name, given in settings.items()}
+        low = grainy(source, grain) if grain else source
+        clips = {"bicubic": low.resize.Bicubic(*size)}
+        clips |= {name: upscale(low, **given) for name, given in settings.items()}
         truth = frames_of(source.resize.Bicubic(*size))
         shown = {name: frames_of(clip) for name, clip in clips.items()}
         panels, rows = {}, {}

@@ -30,20 +30,29 @@ def degrained(frame: Tensor, matches: Iterable[Match], weight: float) -> Tensor:
     nothing where the flow is not `flow.valid` or leads out of the frame.
     """
     total, change = frame.new_ones(1, *frame.shape[1:]), frame.new_zeros(frame.shape)
-    steep = -0.5 / LIKE**2
     for neighbour, there, back in matches:
-        origin = origins(there, back)
-        if native.follows(frame, neighbour, there):
-            native.degrain(frame, neighbour, there, origin, weight, steep, change, total)
-            continue
-        trusted = (origin >= 0)[None]
-        difference = torch.where(trusted, _sampled(neighbour, there) - frame, 0)
-        error = difference.square().mean(0, keepdim=True)
-        distance = F.avg_pool2d(error, PATCH, 1, PATCH // 2, count_include_pad=False)
-        share = torch.exp_(distance.mul_(steep)).mul_(weight).mul_(trusted)
-        total += share
-        change.addcmul_(difference, share)
+        _add(frame, neighbour, there, origins(there, back), weight, change, total)
     return change.div_(total).add_(frame)
+
+
+def _add(
+    frame: Tensor, neighbour: Tensor, flow: Tensor, origin: Tensor, weight: float, change: Tensor, total: Tensor
+) -> None:
+    """Add what a neighbour differs by, times its weight, to `change` "3 h w", and the weight to `total` "1 h w".
+
+    origin     `flow.origins` of the frame in the neighbour, "h w"
+    """
+    steep = -0.5 / LIKE**2
+    if native.follows(frame, neighbour, flow):
+        native.degrain(frame, neighbour, flow, origin, weight, steep, change, total)
+        return
+    trusted = (origin >= 0)[None]
+    difference = torch.where(trusted, _sampled(neighbour, flow) - frame, 0)
+    error = difference.square().mean(0, keepdim=True)
+    distance = F.avg_pool2d(error, PATCH, 1, PATCH // 2, count_include_pad=False)
+    share = torch.exp_(distance.mul_(steep)).mul_(weight).mul_(trusted)
+    total += share
+    change.addcmul_(difference, share)
 
 
 def _sampled(x: Tensor, flow: Tensor) -> Tensor:

@@ -202,8 +202,10 @@ class Engine:
         """
         motion = self.networks.flow(*(sources[n] for n in task.frames))
         there, back = motion.split(2)
-        make = {"motion": motion.half, "flow": lambda: torch.stack([origins(there, back), origins(back, there)])}
-        return [make[key[0]]() for key in task.makes]
+        return [
+            motion.half() if kind == "motion" else torch.stack([origins(there, back), origins(back, there)])
+            for kind, _ in task.makes
+        ]
 
     def _prediction(self, task: Task, held) -> tuple[Tensor, Tensor]:
         """Latent and merged prediction of the task's frame, both float32."""
@@ -253,10 +255,11 @@ class Engine:
     def _seen(self, n: int, task: Task, held, sources) -> Tensor:
         """What the decoder sees of input frame n, from the flows that the task reads."""
         matches = []
-        for neighbour, pair in ((n - 1, n - 1), (n + 1, n)):
-            if ("motion", pair) in task.reads:
-                there, back = held["motion", pair].float().split(2)
-                matches.append((sources[neighbour], *((there, back) if neighbour > n else (back, there))))
+        for other in (n - 1, n + 1):
+            pair = "motion", min(n, other)
+            if pair in task.reads:
+                ways = held[pair].float().split(2)
+                matches.append((sources[other], *(ways if other > n else ways[::-1])))
         return degrained(sources[n], matches, self.networks.settings.degrain) if matches else sources[n]
 
 

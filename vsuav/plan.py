@@ -122,10 +122,9 @@ def plan_block(block: int, recipe: Recipe, shots: Shots, have: Callable[[Key], b
     for chunk in chunks:
         span = tuple(range(chunk.start, chunk.stop))
         seen = _beside(chunk.start, chunk.stop, shots) if recipe.degrain else span
-        reads = tuple(("latent", recipe.steps, n) for n in span)
-        if recipe.degrain:
-            reads += tuple(("motion", n) for n in seen[:-1])
-            pairs.update(seen[:-1])
+        moving = seen[:-1] if recipe.degrain else ()
+        pairs.update(moving)
+        reads = (*(("latent", recipe.steps, n) for n in span), *(("motion", n) for n in moving))
         makes = tuple(("frame", n) for n in range(chunk.start, chunk.keep))
         decodes.append(Task("decode", recipe.steps, span, reads, makes, seen))
     motions = {n for n in pairs if not have(("motion", n))}
@@ -152,8 +151,8 @@ def plan_latents(
         levels.append(level.tasks)
     flow_tasks = []
     for n in sorted(flows.union(motions)):
-        moves = n in motions or recipe.degrain  # what a block ahead will read is not worth a second estimate
-        makes = tuple((kind, n) for kind, made in (("flow", n in flows), ("motion", moves)) if made)
+        moving = n in motions or recipe.degrain  # a later block will decode with it: it is not to be estimated again
+        makes = tuple((kind, n) for kind, made in (("flow", n in flows), ("motion", moving)) if made)
         flow_tasks.append(Task("flow", 0, (n, n + 1), (), makes, (n, n + 1)))
     return Plan(tuple(_late([*flow_tasks, *(task for level in reversed(levels) for task in level)])))
 
