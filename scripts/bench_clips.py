@@ -22,7 +22,7 @@ from torch import Tensor
 from vsuav import color, frames, upscale
 from vsuav.arithmetic import exact_arithmetic
 from vsuav.checkpoint import Models
-from vsuav.degrain import degrained
+from vsuav.degrain import beside, degrained
 from vsuav.engine import Engine, restore
 from vsuav.flow import DIS, origins
 from vsuav.networks import Networks, choose, recipe_of
@@ -73,7 +73,7 @@ class Nothing:
     def deep_bytes(self, height: int, width: int) -> int:
         return self._deep[:, :, :1].nbytes
 
-    def decode(self, frames: Sequence[int], latents, low_res) -> Tensor:
+    def decode(self, frames: Sequence[int], latents, low_res, beside=None) -> Tensor:
         return self._pictures[: len(frames)]
 
     def flow(self, first: Tensor, second: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def parts(size: Size, settings: Settings) -> dict[str, Call]:
         "propagation, origins of a pair, both ways": lambda: (origins(forward, backward), origins(backward, forward)),
         "propagation, one link": lambda: blend(latents[0], latents[1], origin),
         f"propagation, links of {CHAIN} frames, both ways": chains,
-        "degrain, one frame": lambda: degrained(low[0], matches, 0.2),
+        "degrain, one frame": lambda: degrained(low[0], *beside(low[0], *matches), 0.2),
         "noise of one frame": lambda: frame_noise(0, "latent", 1, (4, height, width)),
         f"colour, wavelet, {CHUNK} frames": lambda: color.wavelet(content, color.bicubic(low, 4)),
         f"colour, AdaIN, {CHUNK} frames": lambda: color.adain(content, color.bicubic(low, 4)),

@@ -56,8 +56,8 @@ it: no temporal layers, no propagation, every frame a shot of its own; noise and
 class Zeroed(Networks):
     """Decodes zeros instead of latents: what the decoder does alone."""
 
-    def decode(self, frames, latents, low_res):
-        return super().decode(frames, [torch.zeros_like(z) for z in latents], low_res)
+    def decode(self, frames, latents, low_res, beside=None):
+        return super().decode(frames, [torch.zeros_like(z) for z in latents], low_res, beside)
 
 
 class Ours:

@@ -211,7 +211,10 @@ class PlainDecoder:
 
     def mixed(self, drawn: Tensor, low_res: Tensor, level: Tensor) -> Tensor:
         p = self.weights.enlarger
-        x = first = conv(low_res, p.conv_in)
+        x = conv(low_res, p.conv_in)
+        if "beside_in" in p:
+            x = x + conv(torch.cat([low_res, low_res], dim=1) * 0, p.beside_in)  # there is nothing before and after
+        first = x
         for j in range(self.config.enlarger_layers):
             x = x + conv(F.silu(conv(x, p.blocks[j].conv1)), p.blocks[j].conv2)
             if "meetings" in p and j % 2:

@@ -20,6 +20,10 @@ A step takes the mean gradient of the stage's "parts", batches that each may cha
 (pictures beside clips, or several clips); without them it takes one batch. A `temporal` stage with a rate for "image"
 trains the image model too, the layers it froze, but on pictures alone: on clips it stays frozen.
 
+With "degrain" in the stage the decoder sees the low resolution as it does when the model is used with that weight
+(`vsuav.degrain`), and an enlarger that can be told hears of the frames before and after. With "drift" pictures become
+clips: a view that moves over the picture by up to so many pixels a frame.
+
 With "again" in the stage every batch serves that many steps, mirrored and turned another way in each: where making
 batches takes longer than learning from them. With "also" it begins with parts of the networks from other stages.
 
@@ -62,6 +66,8 @@ from perceptual import STLPIPS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from vsuav.degrain import Match, degrained
+from vsuav.degrain import beside as neighbours
 from vsuav.flow import DIS, valid, warp
 from vsuav.layers import clip, frames, lay_out
 from vsuav.propagation import propagate
@@ -89,7 +95,7 @@ stage does not say so itself, as "often", "pixels", "percept", "flicker" and "ps
 propagation."""
 
 
-PART = ("data", "batch", "frames", "size", "strength", "clean", "looks")
+PART = ("data", "batch", "frames", "size", "strength", "clean", "looks", "drift")
 """What a part of a step may say of its batch."""
 
 
@@ -138,7 +144,8 @@ class Batches(Dataset):
 
     Clips also have what `flicker` wants of hr: flow "b 2 t-1 4h 4w" from each frame to the next (DIS), and steady
     "b 1 t-1 4h 4w", 1 where it holds. Where latents are to be propagated, lr's flows there and back are forward and
-    backward "b 2 t-1 h w".
+    backward "b 2 t-1 h w". With "degrain" there is what the decoder sees, seen "b 3 t h w" and beside "b 6 t h w"; one
+    frame more is read on each side for it.
 
     The batches of step s are those from ``s * len(parts)`` on, or from ``s // again * len(parts)`` on.
     """
@@ -156,19 +163,12 @@ class Batches(Dataset):
         rng = np.random.default_rng(seeded(self.seed, self.name, k, self.rank, "data"))
         stage, clips = self.parts[k % len(self.parts)], self.sources[k % len(self.parts)]
         size, count = 4 * stage["size"], stage.get("frames", 1)
-        highs, lows, prompts = [], [], []
+        drift, degrain = stage.get("drift", 0.0), stage.get("degrain", 0.0)
+        edge = int(degrain > 0 and (count > 1 or drift > 0))
+        highs, lows, prompts, views = [], [], [], []
         for _ in range(stage["batch"]):
             clip = clips[rng.integers(len(clips))]
-            first = rng.integers(clip.shape[0] - count + 1)
-            y, x = (rng.integers(side - size + 1) for side in clip.shape[1:3])
-            hr = clip[first : first + count, y : y + size, x : x + size]
-            if rng.random() < 0.5:
-                hr = hr[:, :, ::-1]
-            if rng.random() < 0.5:
-                hr = hr.swapaxes(1, 2)
-            if rng.random() < 0.5:
-                hr = hr[::-1] if count > 1 else hr[:, ::-1]
-            hr = np.ascontiguousarray(hr)
+            hr = piece(clip, count + 2 * edge, size, drift, rng)
             strength = rng.uniform(0, stage.get("strength", 1.0))
             recipe = CLEAN if rng.random() < stage.get("clean", 0.0) else None
             lr = degrade(hr, rng, strength=strength, recipe=recipe)
@@ -178,17 +178,77 @@ class Batches(Dataset):
                 hr = look(hr, prompt, rng)
             if rng.random() < 0.1:
                 prompt = ""
-            highs.append(hr)
-            lows.append(lr)
+            inner = slice(edge, edge + count)
+            if degrain:
+                views.append(view(lr, inner, degrain, rng))
+            highs.append(hr[inner])
+            lows.append(lr[inner])
             prompts.append(PROMPTS.index(prompt))
-        as_tensor = lambda parts: torch.from_numpy(np.stack(parts)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1  # noqa: E731
-        batch = {"hr": as_tensor(highs), "lr": as_tensor(lows), "prompt": torch.tensor(prompts)}
+        batch = {
+            "hr": torch.stack([as_tensor(hr) for hr in highs]), "lr": torch.stack([as_tensor(lr) for lr in lows]),
+            "prompt": torch.tensor(prompts),
+        }  # fmt: skip
+        if degrain:
+            batch["seen"], batch["beside"] = (torch.stack(parts) for parts in zip(*views, strict=True))
         if count > 1 and self.stage.get("as", self.name) in ("temporal", "vae_video"):
             batch["flow"], back = flows(batch["hr"])
             batch["steady"] = holds(batch["flow"], back)
             if "propagated" in self.stage:
                 batch["forward"], batch["backward"] = flows(batch["lr"])
         return batch
+
+
+def as_tensor(pictures: np.ndarray) -> Tensor:
+    """Frames "t h w 3" uint8 as "3 t h w" in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+def piece(clip: np.ndarray, count: int, size: int, drift: float, rng: np.random.Generator) -> np.ndarray:
+    """`count` frames of a clip "t h w 3", or views that move over its first one, "count size size 3", turned anyhow."""
+    if drift:
+        hr = moving(clip[0], count, size, drift, rng)
+    else:
+        first = rng.integers(clip.shape[0] - count + 1)
+        y, x = (rng.integers(side - size + 1) for side in clip.shape[1:3])
+        hr = clip[first : first + count, y : y + size, x : x + size]
+    if rng.random() < 0.5:
+        hr = hr[:, :, ::-1]
+    if rng.random() < 0.5:
+        hr = hr.swapaxes(1, 2)
+    if rng.random() < 0.5:
+        hr = hr[::-1] if count > 1 else hr[:, ::-1]
+    return np.ascontiguousarray(hr)
+
+
+def moving(picture: np.ndarray, count: int, size: int, drift: float, rng: np.random.Generator) -> np.ndarray:
+    """`count` views "t size size 3" of a picture "h w 3", each up to `drift` pixels (to the nearest) from the last."""
+    speed = rng.uniform(-drift, drift, 2)
+    room = np.array(picture.shape[:2]) - size
+    speed = np.clip(speed, -room / max(1, count - 1), room / max(1, count - 1))
+    places = np.rint(np.arange(count)[:, None] * speed).astype(int)
+    places += rng.integers(-places.min(0), room - places.max(0) + 1)
+    return np.stack([picture[y : y + size, x : x + size] for y, x in places])
+
+
+ALONE = 0.1
+"""How often each neighbour of a frame is kept from the decoder, as at the ends of shots."""
+
+
+def view(low: np.ndarray, inner: slice, weight: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """What the decoder sees of the `inner` frames of "t h w 3" uint8: seen "3 t h w", and beside "6 t h w"."""
+    lr = as_tensor(low)
+    ways = list(zip(*(way[0].unbind(1) for way in flows(lr[None])), strict=True)) if len(low) > 1 else []
+    seen, beside = [], []
+    for n in range(len(low))[inner]:
+        matches: list[Match | None] = [None, None]
+        if n > 0 and rng.random() >= ALONE:
+            matches[0] = (lr[:, n - 1], *ways[n - 1][::-1])
+        if n < len(ways) and rng.random() >= ALONE:
+            matches[1] = (lr[:, n + 1], *ways[n])
+        changes, shares = neighbours(lr[:, n].contiguous(), *matches)
+        seen.append(degrained(lr[:, n], changes, shares, weight))
+        beside.append(changes.flatten(0, 1))
+    return torch.stack(seen, 1), torch.stack(beside, 1)
 
 
 def flows(clips: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,11 +335,13 @@ class Learner(nn.Module):
             return encode(batch["hr"], batch["lr"], self.basis)
         return self.vae.encode(batch["hr"])[0].float() * config.scaling_factor
 
-    def decode(self, z: Tensor, lr: Tensor, level: Tensor) -> Tensor:
+    def decode(self, z: Tensor, batch: dict[str, Tensor], level: Tensor) -> Tensor:
         """Decoded in chunks of three frames, as when the model is used."""
         vae = self.vae if self.name == "vae_image" else self.vae_video
-        chunks = zip((z / vae.config.scaling_factor).split(3, dim=2), lr.split(3, dim=2), strict=True)
-        return torch.cat([vae.decode(a, b, level).float() for a, b in chunks], dim=2)
+        chunks = [(z / vae.config.scaling_factor).split(3, dim=2), batch.get("seen", batch["lr"]).split(3, dim=2)]
+        told = batch["beside"].split(3, dim=2) if "beside" in batch else [None] * len(chunks[0])
+        decoded = (vae.decode(a, b, level, beside=c) for a, b, c in zip(*chunks, told, strict=True))
+        return torch.cat([part.float() for part in decoded], dim=2)
 
     def percept(self, result: Tensor, truth: Tensor) -> Tensor:
         """stLPIPS "b" on one random window of every frame, the mean of the stage's "nets" (alex, if it does not say);
@@ -298,7 +360,8 @@ class Learner(nn.Module):
         y, x = (int(torch.randint(length - side + 1, ())) for length in z.shape[-2:])
         cut = lambda v, k: v[..., k * y : k * (y + side), k * x : k * (x + side)]  # noqa: E731
         large = {name: cut(batch[name], 4) for name in ("hr", "flow", "steady") if name in batch}
-        return cut(z, 1), {**batch, **large, "lr": cut(batch["lr"], 1)}
+        small = {name: cut(batch[name], 1) for name in ("lr", "seen", "beside") if name in batch}
+        return cut(z, 1), {**batch, **large, **small}
 
     def predict(self, x: Tensor, timestep: Tensor | int, lr: Tensor, prompt: Tensor, level: Tensor) -> Tensor:
         return self.unet(x, timestep, lr, self.states[prompt], level).float()
@@ -325,14 +388,14 @@ class Learner(nn.Module):
     def loss_vae(self, batch: dict, progress: float) -> dict[str, Tensor]:
         z = self.code(batch)
         coded = (self.vae.encode(batch["hr"])[0].float() - z).square().mean()
-        result = self.decode(z + torch.randn_like(z) * torch.rand(()) * 0.5, batch["lr"], self.level(len(z)))
+        result = self.decode(z + torch.randn_like(z) * torch.rand(()) * 0.5, batch, self.level(len(z)))
         l1 = (result - batch["hr"]).abs().mean()
         percept = self.percept(result, batch["hr"]).mean()
         return {"loss": l1 + 0.1 * percept + 0.05 * coded, "l1": l1, "percept": percept, "coded": coded}
 
     def loss_vae_image(self, batch: dict, progress: float) -> dict[str, Tensor]:
         estimate, _, _, level = self.sampled(batch, grad=False)
-        return self.picture(self.decode(estimate, batch["lr"], level), batch, level)
+        return self.picture(self.decode(estimate, batch, level), batch, level)
 
     def loss_unet(self, batch: dict, progress: float) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -349,9 +412,9 @@ class Learner(nn.Module):
         return {"loss": loss}
 
     def loss_enlarger(self, batch: dict, progress: float) -> dict[str, Tensor]:
-        lr = batch["lr"]
-        skip = F.interpolate(frames(lr), scale_factor=4, mode="bicubic", align_corners=False)
-        result = self.vae_video.enlarger(lr)[0].float() + clip(skip, lr.shape[2])
+        seen = batch.get("seen", batch["lr"])
+        skip = F.interpolate(frames(seen), scale_factor=4, mode="bicubic", align_corners=False)
+        result = self.vae_video.enlarger(seen, batch.get("beside"))[0].float() + clip(skip, seen.shape[2])
         l1, decibels = (result - batch["hr"]).abs().mean(), shortfall(result, batch["hr"]).mean()
         return {"loss": l1 + self.stage.get("psnr", 0.02) * decibels, "l1": l1, "psnr": 50 - decibels}
 
@@ -414,7 +477,7 @@ class Learner(nn.Module):
     def loss_fewstep(self, batch: dict, progress: float) -> dict[str, Tensor]:
         estimate, z, place, level = self.sampled(batch, grad=True)
         part, batch = self.window(estimate, batch)
-        losses = self.picture(self.decode(part, batch["lr"], level), batch, level, place)
+        losses = self.picture(self.decode(part, batch, level), batch, level, place)
         losses["latent"] = (estimate - z).square().mean()
         losses["loss"] = losses["loss"] + self.stage.get("latent", 0.1) * losses["latent"]
         return losses
@@ -422,7 +485,7 @@ class Learner(nn.Module):
     def loss_temporal(self, batch: dict, progress: float) -> dict[str, Tensor]:
         estimate, z, place, level = self.sampled(batch, grad=True)
         part, batch = self.window(self.propagated(estimate, batch, level, place), batch)
-        losses = self.clip_losses(self.decode(part, batch["lr"], level), batch, level, place)
+        losses = self.clip_losses(self.decode(part, batch, level), batch, level, place)
         losses["latent"] = (estimate - z).square().mean()
         losses["loss"] = losses["loss"] + self.stage.get("latent", 0.1) * losses["latent"]
         return losses
@@ -430,7 +493,7 @@ class Learner(nn.Module):
     def loss_vae_video(self, batch: dict, progress: float) -> dict[str, Tensor]:
         estimate, _, place, level = self.sampled(batch, grad=False)
         part, batch = self.window(self.propagated(estimate, batch, level, place), batch)
-        return self.clip_losses(self.decode(part, batch["lr"], level), batch, level, place)
+        return self.clip_losses(self.decode(part, batch, level), batch, level, place)
 
     def clip_losses(self, result: Tensor, batch: dict, level: Tensor, place: float) -> dict[str, Tensor]:
         """The picture losses, and what the result changes along the flow where the truth does not."""

@@ -73,10 +73,12 @@ class Fake:
     def deep_bytes(self, height: int, width: int) -> int:
         return self.latent_channels * height * width
 
-    def decode(self, frames: Sequence[int], latents, low_res) -> Tensor:
-        """Nearest pixels of the input, shifted by a mean over the chunk's latents."""
+    def decode(self, frames: Sequence[int], latents, low_res, beside=None) -> Tensor:
+        """Nearest pixels of the input, shifted by a mean over the chunk's latents and by what neighbours change."""
         z = torch.stack(list(latents)).float()
         pictures = torch.stack(list(low_res)) / 2 + 0.5 + 0.05 * torch.sin(z.mean(1, keepdim=True) + z.mean())
+        if beside is not None:
+            pictures = pictures + 0.1 * torch.stack(list(beside))[:, :3] - 0.07 * torch.stack(list(beside))[:, 3:]
         return pictures.clamp(0, 1).repeat_interleave(4, -1).repeat_interleave(4, -2)
 
     def flow(self, first: Tensor, second: Tensor) -> Tensor:
@@ -93,6 +95,6 @@ class NoOp(Fake):
         self.windows.append((step, frames[0], frames[-1] + 1))
         return torch.zeros(len(frames), *latents[0].shape)
 
-    def decode(self, frames, latents, low_res) -> Tensor:
+    def decode(self, frames, latents, low_res, beside=None) -> Tensor:
         pictures = torch.stack(list(low_res)) / 2 + 0.5
         return pictures.repeat_interleave(4, -1).repeat_interleave(4, -2)

@@ -21,6 +21,7 @@ CONFIGS = {
     "level": {**toy.VAE_VIDEO, "num_class_embeds": 30, "mid_block_layers": 3},
     "enlarger": {
         **toy.VAE_VIDEO, "num_class_embeds": 30, "enlarger_channels": 6, "enlarger_layers": 2, "enlarger_meeting": 4,
+        "enlarger_beside": True,
     },
     "unshuffled": {
         **toy.VAE_VIDEO, "block_out_channels": [8, 16], "unshuffle": 2, "down_block_types": ["DownEncoderBlock3D"] * 2,
@@ -178,3 +179,20 @@ def test_guidance_leaves_the_channel_of_colour_as_the_prompt_gives_it(tmp_path, 
         made.append(Networks(models, settings).window(0, range(8), latents, low, ""))
     torch.testing.assert_close(made[0][:, 3], made[1][:, 3], atol=1e-5, rtol=0)
     assert all((made[0][:, c] - made[1][:, c]).abs().max() > 1e-3 for c in range(3))
+
+
+@pytest.mark.parametrize("tile", [(0, 0), (40, 40)], ids=["whole", "bands"])
+def test_the_decoder_is_told_of_the_frames_beside(model, tile):
+    """One that wants to know, whole and in bands; one that does not is left alone."""
+    models, settings = choose({"model": model, "threads": 1, "device": "cpu", "dtype": "float32"}, 72, 80)
+    settings = replace(settings, tile=tile, video_vae=True, color_fix="none")
+    (z, low_res), beside = chunk(80, 72), torch.randn(1, 6, 3, 80, 72)
+    for config in (CONFIGS["enlarger"], {**CONFIGS["enlarger"], "enlarger_beside": False}):
+        vae = build(config)
+        frames = [list(x[0].transpose(0, 1)) for x in (z * vae.config.scaling_factor, low_res, beside)]
+        each = Networks(replace(models, video_vae=vae), replace(settings, noise_level=20))
+        with each.arithmetic():
+            told, alone = each.decode((0, 1, 2), *frames), each.decode((0, 1, 2), *frames[:2])
+        exact = vae.decode(z, low_res, torch.tensor([20]), beside)[0].transpose(0, 1).clamp(-1, 1) / 2 + 0.5
+        assert (told - exact).abs().max() < 1e-4
+        assert ((told - alone).abs().max() > 1e-2) == config["enlarger_beside"]

@@ -24,7 +24,7 @@ LEVELS = {
 }  # fmt: skip
 ATTENDING = {**toy.VAE_VIDEO, "mid_block_add_attention": True, "bicubic_skip": False}
 TOLD = toy.VAE_VIDEO | {"num_class_embeds": 30, "fading": True, "mid_block_layers": 4}
-MIXED = TOLD | {"enlarger_channels": 6, "enlarger_layers": 3, "enlarger_meeting": 4}
+MIXED = TOLD | {"enlarger_channels": 6, "enlarger_layers": 3, "enlarger_meeting": 4, "enlarger_beside": True}
 UNSHUFFLED = {
     **toy.VAE_VIDEO, "block_out_channels": [8, 16], "unshuffle": 2, "down_block_types": ["DownEncoderBlock3D"] * 2,
     "up_block_types": ["UpDecoderBlock3D_plus", "UpDecoderBlock3D"],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fakes import Fake, NoOp
 
-from vsuav.degrain import degrained
+from vsuav.degrain import beside, degrained
 from vsuav.disk import Disk
 from vsuav.engine import Engine, Missing, restore
 from vsuav.propagation import backward_start, forward_start, link, propagate
@@ -77,20 +77,23 @@ def reference_shot(frames, networks: Fake, a: int, b: int, prompt: str, whole: b
     while n < b:
         chunk = range(n, min(n + 3, b))
         keep = min((n // 3 + 1) * 3, b)
-        seen = [mixed(m, low, flows, a, settings.degrain) for m in chunk]
-        pictures.append(networks.decode(chunk, x[n - a : chunk.stop - a], seen)[: keep - n])
+        views = zip(*(view(m, low, flows, a, settings.degrain) for m in chunk), strict=True)
+        if not settings.degrain:
+            views = (low[n - a : chunk.stop - a],)
+        pictures.append(networks.decode(chunk, x[n - a : chunk.stop - a], *views)[: keep - n])
         n = keep
     return torch.cat(pictures)
 
 
-def mixed(m, low, flows, a, weight):
-    """Frame m of the shot `low`, which begins at `a`, with those beside it in the shot."""
-    here, matches = m - a, []
-    for other in (here - 1, here + 1):
-        if weight and 0 <= other < len(low):
+def view(m, low, flows, a, weight):
+    """Frame m of the shot `low`, which begins at `a`, with those beside it in the shot; and what they would change."""
+    here, matches = m - a, [None, None]
+    for i, other in enumerate((here - 1, here + 1)):
+        if 0 <= other < len(low):
             forward, backward = flows[min(here, other)].half().float().split(2)
-            matches.append((low[other], *((forward, backward) if other > here else (backward, forward))))
-    return degrained(low[here], matches, weight)
+            matches[i] = (low[other], *((forward, backward) if other > here else (backward, forward)))
+    changes, shares = beside(low[here], *matches)
+    return degrained(low[here], changes, shares, weight), torch.cat([*changes])
 
 
 def propagated(x0, flows, a, radius):

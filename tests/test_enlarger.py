@@ -16,9 +16,9 @@ def inference():
         yield
 
 
-def enlarger(layers: int = 2, meeting: int | None = None) -> Enlarger:
+def enlarger(layers: int = 2, meeting: int | None = None, beside: bool = False) -> Enlarger:
     torch.manual_seed(4)
-    made = Enlarger(6, layers, 30, meeting)
+    made = Enlarger(6, layers, 30, meeting, beside)
     for p in made.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return made
@@ -39,6 +39,30 @@ def test_the_network_pixel_by_pixel():
                 for j in range(4):
                     close(detail[b, :, t, i::4, j::4], y[4 * i + j : 48 : 16])
                     close(trust[b, 0, t, i::4, j::4], y[48 + 4 * i + j])
+
+
+def test_what_it_is_told_of_the_frames_beside_enters_with_the_frame():
+    """As one convolution of both, whose bias is the sum of two; told nothing is told that nothing changes."""
+    net, low, beside = enlarger(beside=True), torch.rand(2, 3, 3, 5, 6), torch.randn(2, 6, 3, 5, 6)
+    alone = enlarger()
+    alone.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("beside_in.")})
+    weight = torch.cat([net.conv_in.weight, net.beside_in.weight], dim=1)
+    for told, given in ((beside, beside), (None, 0 * beside)):
+        with pytest.MonkeyPatch.context() as patch:
+            joint = lambda x, given=given: torch.stack(  # noqa: E731
+                [
+                    F.conv2d(torch.cat([x[:, :, t], given[:, :, t]], 1), weight, net.conv_in.bias, padding=1)
+                    + net.beside_in.bias[:, None, None]
+                    for t in range(3)
+                ],
+                dim=2,
+            )
+            patch.setattr(alone.conv_in, "forward", joint)
+            for ours, expected in zip(net(low, told), alone(low), strict=True):
+                close(ours, expected)
+    assert differs(net(low, beside)[0], net(low)[0])
+    fresh = Enlarger(6, 2, 30, beside=True)
+    assert torch.equal(fresh(low, beside)[0], fresh(low)[0])
 
 
 def test_the_decoders_picture_and_its_own_are_mixed_by_trust_and_level():
@@ -62,6 +86,16 @@ def test_a_vae_with_one_mixes_it_in_under_the_bicubic_enlargement():
     drawn = plain.decode(z, low, level) - large
     close(mixed.decode(z, low, level), mixed.enlarger.mixed(drawn, low, level) + large)
     assert differs(mixed.decode(z, low, level), plain.decode(z, low, level))
+
+
+def test_a_vae_hands_on_what_it_is_told_of_the_frames_beside():
+    told = build(MIXED | {"enlarger_beside": True})
+    z, low, level = torch.randn(1, 4, 2, 5, 6), torch.randn(1, 3, 2, 5, 6), torch.tensor([20])
+    drawn, beside = torch.randn(1, 3, 2, 20, 24), torch.randn(1, 6, 2, 5, 6)
+    large = torch.stack([F.interpolate(low[:, :, i], scale_factor=4, mode="bicubic") for i in range(2)], dim=2)
+    got = told.decode(z, low, level, beside, decoder=lambda *_: drawn.clone())
+    close(got, told.enlarger.mixed(drawn.clone(), low, level, beside) + large)
+    assert differs(got, told.decode(z, low, level, decoder=lambda *_: drawn.clone()))
 
 
 def test_a_fresh_one_is_hardly_trusted():

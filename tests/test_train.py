@@ -5,11 +5,13 @@ import json
 import math
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 import toy
 from export import export
+from fakes import Fake
 from fastnorm import speed_up
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,23 +22,29 @@ from train import (
     PROMPTS,
     Batches,
     Learner,
+    as_tensor,
     build,
     fill_levels,
     flicker,
     flows,
     holds,
     look,
+    moving,
     seeded,
     shortfall,
     tinted,
     train,
     turned,
+    view,
 )
 
 from vsuav.checkpoint import load
+from vsuav.engine import restore
+from vsuav.flow import DIS
 from vsuav.layers import JointNorm, VolumeConv
 from vsuav.metrics import psnr_y
 from vsuav.schedule import Schedule
+from vsuav.settings import Settings
 from vsuav.text import read_prompts
 from vsuav.unet import temporal_parameters
 
@@ -51,6 +59,7 @@ def config() -> dict:
         "vae_video": {
             **toy.VAE_VIDEO, **code,
             "num_class_embeds": 300, "enlarger_channels": 8, "enlarger_layers": 2, "enlarger_meeting": 4,
+            "enlarger_beside": True,
         },
         "scheduler": toy.SCHEDULER,
         "model": {"defaults": toy.DEFAULTS, "presets": toy.PRESETS},
@@ -73,6 +82,15 @@ def config() -> dict:
             },
             "vae_image": {**stills, "after": ["unet"], "rates": {"decoder": 1e-3}},
             "enlarger": {**stills, "after": ["unet"], "rates": {"enlarger": 1e-3}},
+            "beside": {
+                **clips, "as": "enlarger", "frames": 3, "degrain": 0.5, "again": 2, "psnr": 0.02,
+                "parts": [{"data": "stills.npy", "batch": 2, "drift": 2}, {}], "rates": {"enlarger": 1e-3},
+            },
+            "nearer": {
+                **clips, "as": "vae_video", "frames": 3, "degrain": 0.5, "decode": 4,
+                "parts": [{"data": "stills.npy", "batch": 2, "frames": 1}, {}],
+                "rates": {"enlarger": 1e-3, "new": 1e-3},
+            },
             "trust": {**clips, "as": "vae_video", "rates": {"enlarger": 1e-3, "shares": 0.02}},
         },
     }  # fmt: skip
@@ -103,7 +121,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return {f"{part}.{name}": value for part, state in saved.items() for name, value in state.items()}
 
 
-@pytest.mark.parametrize("stage", ["unet", "fewstep", "mixed", "again"])
+@pytest.mark.parametrize("stage", ["unet", "fewstep", "mixed", "again", "beside", "nearer"])
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(data, tmp_path, stage):
     whole = weights(train(stage, config(), data, tmp_path / "whole"))
     train(stage, config(), data, tmp_path / "broken", stop=2)
@@ -125,7 +143,10 @@ def test_a_resumed_runs_log_goes_on_where_it_was(data, tmp_path):
     assert rows["broken"] == rows["whole"] and len(rows["whole"]) > 1
 
 
-@pytest.mark.parametrize("stage", ["vae", "unet", "temporal", "whole", "vae_video", "vae_image", "enlarger", "trust"])
+@pytest.mark.parametrize("stage", [
+        "vae", "unet", "temporal", "whole", "vae_video", "vae_image", "enlarger", "beside", "trust"
+    ]
+)  # fmt: skip
 def test_only_what_a_stage_trains_moves(data, tmp_path, stage):
     settings = config()
     before = {f"{part}.{n}": v.clone() for part, net in build(settings).items() for n, v in net.state_dict().items()}
@@ -141,6 +162,7 @@ def test_only_what_a_stage_trains_moves(data, tmp_path, stage):
         "vae_video": lambda n: n.startswith(("vae_video.decoder", "vae_video.post_quant")),
         "vae_image": lambda n: n.startswith(("vae.decoder", "vae.post_quant")),
         "enlarger": lambda n: n.startswith("vae_video.enlarger.") and "class_embedding" not in n,
+        "beside": lambda n: n.startswith("vae_video.enlarger.") and "class_embedding" not in n,
         "trust": lambda n: n.startswith("vae_video.enlarger."),
     }[stage]
     assert moved and all(allowed(name) for name in moved), sorted(n for n in moved if not allowed(n))
@@ -224,6 +246,57 @@ def test_the_parts_of_a_step_have_batches_of_their_own(data):
     stills, clips = (2, 3, 1, 32, 32), (1, 3, 4, 32, 32)
     assert [tuple(batches[k]["hr"].shape) for k in range(3)] == [stills, clips, stills]
     assert not torch.equal(batches[0]["hr"], batches[2]["hr"])
+
+
+def test_a_picture_that_drifts_is_seen_through_a_moving_window():
+    """Every view is a part of the picture, and each as far from the last as the one before; all of it is reached."""
+    rows, columns = np.mgrid[:40, :50]
+    picture = np.stack([rows, columns, 0 * rows], axis=-1).astype(np.uint8)
+    steps, corners = [], []
+    for seed in range(200):
+        views = moving(picture, 5, 16, 7.0, np.random.default_rng(seed))
+        place = views[:, 0, 0, :2].astype(int)
+        for seen, (y, x) in zip(views, place, strict=True):
+            assert np.array_equal(seen, picture[y : y + 16, x : x + 16])
+        moves = np.diff(place, axis=0)
+        assert np.ptp(moves, axis=0).max() <= 1 and abs(moves).max() <= 7
+        steps.append(moves.mean(0))
+        corners += [*place]
+    assert np.min(corners, axis=0).tolist() == [0, 0] and np.max(corners, axis=0).tolist() == [24, 34]
+    assert np.min(steps, axis=0).max() < -5 and np.max(steps, axis=0).min() > 5
+
+
+def test_with_degrain_a_batch_has_what_the_decoder_sees(data, monkeypatch):
+    """As the engine makes it of the same frames, on which it is asked for the middle ones of a shot."""
+    monkeypatch.setattr("train.ALONE", 0.0)
+    seen_by_engine = {}
+
+    class Spy(Fake):
+        def flow(self, first, second):
+            return torch.cat(DIS()(first, second))
+
+        def decode(self, frames, latents, low_res, beside):
+            seen_by_engine.update({n: (low, told) for n, low, told in zip(frames, low_res, beside, strict=True)})
+            return super().decode(frames, latents, low_res, beside)
+
+    low = np.load(data / "stills.npy")[0]
+    low = np.stack([cv2.GaussianBlur(low, (0, 0), 3)[k : k + 24, 2 * k : 2 * k + 24] for k in range(5)])
+    seen, beside = view(low, slice(1, 4), 0.5, np.random.default_rng(0))
+    restore(as_tensor(low).transpose(0, 1), Spy(Settings(steps=1, degrain=0.5)))
+    assert (seen - as_tensor(low)[:, 1:4]).abs().max() > 1e-3 and (beside.abs().amax((1, 2, 3)) > 1e-3).all()
+    for k in range(3):
+        low_res, told = seen_by_engine[k + 1]
+        torch.testing.assert_close(seen[:, k], low_res, rtol=0, atol=1e-3)  # the engine's flow is in half precision
+        torch.testing.assert_close(beside[:, k], told, rtol=0, atol=1e-2)
+
+
+def test_with_degrain_clips_and_pictures_have_the_frames_they_should(data):
+    clips = Batches(data, config()["stages"]["beside"], 3, "beside")
+    assert [tuple(clips[k]["hr"].shape) for k in range(2)] == [(2, 3, 3, 32, 32), (1, 3, 3, 32, 32)]
+    for k in range(2):
+        assert clips[k]["seen"].shape == clips[k]["lr"].shape and clips[k]["beside"].shape[1:] == (6, 3, 8, 8)
+    pictures = Batches(data, config()["stages"]["nearer"], 3, "nearer")[0]
+    assert torch.equal(pictures["seen"], pictures["lr"]) and not pictures["beside"].any()
 
 
 @pytest.mark.parametrize("name", ["mixed", "whole"])

@@ -5,8 +5,6 @@ there: grain, and the noise of codecs. So the neighbours are brought to the fram
 trusted and they look like it. No weights, no training.
 """
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,36 +21,44 @@ PATCH = 5
 """Side of the square of pixels over which likeness is judged."""
 
 
-def degrained(frame: Tensor, matches: Iterable[Match], weight: float) -> Tensor:
-    """The weighted mean of `frame` "3 h w", float32 in [-1, 1], and its neighbours; the frame's own weight is 1.
+def beside(frame: Tensor, before: Match | None, after: Match | None) -> tuple[Tensor, Tensor]:
+    """What the neighbours of `frame` "3 h w", float32 in [-1, 1], would change in it, and how much of that counts.
 
-    A neighbour's pixel weighs `weight` * exp(-d / (2 LIKE^2)), where d is the mean squared difference over a patch, and
-    nothing where the flow is not `flow.valid` or leads out of the frame.
+    A neighbour's pixel counts as exp(-d / (2 LIKE^2)), where d is the mean squared difference over a patch, and not at
+    all where the flow is not `flow.valid` or leads out of the frame, or there is no neighbour.
+
+    Returns:
+        "2 3 h w", the difference to each neighbour times the share of it that counts, and these shares "2 1 h w".
     """
-    total, change = frame.new_ones(1, *frame.shape[1:]), frame.new_zeros(frame.shape)
-    for neighbour, there, back in matches:
-        _add(frame, neighbour, there, origins(there, back), weight, change, total)
-    return change.div_(total).add_(frame)
+    changes, shares = frame.new_zeros(2, *frame.shape), frame.new_zeros(2, 1, *frame.shape[1:])
+    for match, change, share in zip((before, after), changes, shares, strict=True):
+        if match is not None:
+            neighbour, there, back = match
+            _compare(frame, neighbour, there, origins(there, back), change, share)
+    return changes, shares
 
 
-def _add(
-    frame: Tensor, neighbour: Tensor, flow: Tensor, origin: Tensor, weight: float, change: Tensor, total: Tensor
-) -> None:
-    """Add what a neighbour differs by, times its weight, to `change` "3 h w", and the weight to `total` "1 h w".
+def degrained(frame: Tensor, changes: Tensor, shares: Tensor, weight: float) -> Tensor:
+    """The mean of `frame` "3 h w" and its neighbours, from what `beside` says of them: the frame's own weight is 1, a
+    neighbour's `weight` times its share."""
+    return changes.sum(0).mul_(weight).div_(shares.sum(0).mul_(weight).add_(1)).add_(frame)
+
+
+def _compare(frame: Tensor, neighbour: Tensor, flow: Tensor, origin: Tensor, change: Tensor, share: Tensor) -> None:
+    """Write what a neighbour differs by, times its share, to `change` "3 h w", and the share to `share` "1 h w".
 
     origin     `flow.origins` of the frame in the neighbour, "h w"
     """
     steep = -0.5 / LIKE**2
     if native.follows(frame, neighbour, flow):
-        native.degrain(frame, neighbour, flow, origin, weight, steep, change, total)
+        native.beside(frame, neighbour, flow, origin, steep, change, share)
         return
     trusted = (origin >= 0)[None]
     difference = torch.where(trusted, _sampled(neighbour, flow) - frame, 0)
     error = difference.square().mean(0, keepdim=True)
     distance = F.avg_pool2d(error, PATCH, 1, PATCH // 2, count_include_pad=False)
-    share = torch.exp_(distance.mul_(steep)).mul_(weight).mul_(trusted)
-    total += share
-    change.addcmul_(difference, share)
+    torch.mul(torch.exp_(distance.mul_(steep)), trusted, out=share)
+    torch.mul(difference, share, out=change)
 
 
 def _sampled(x: Tensor, flow: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from vsuav.degrain import degrained
+from vsuav.degrain import Match, beside, degrained
 from vsuav.disk import Disk, program
 from vsuav.ensemble import Orientation, averaged
 from vsuav.flow import origins
@@ -249,18 +249,23 @@ class Engine:
 
     def _decode(self, task: Task, held, shots, sources) -> list[Tensor]:
         latents = [held["latent", task.step, n] for n in task.frames]
-        picture = self.networks.decode(task.frames, latents, [self._seen(n, task, held, sources) for n in task.frames])
+        if self.networks.recipe.degrain:
+            views = zip(*(self._view(n, task, held, sources) for n in task.frames), strict=True)
+        else:
+            views = ([sources[n] for n in task.frames],)
+        picture = self.networks.decode(task.frames, latents, *views)
         return [picture[key[1] - task.frames[0]] for key in task.makes]
 
-    def _seen(self, n: int, task: Task, held, sources) -> Tensor:
-        """What the decoder sees of input frame n, from the flows that the task reads."""
-        matches = []
+    def _view(self, n: int, task: Task, held, sources) -> tuple[Tensor, Tensor]:
+        """What the decoder sees of input frame n, "3 h w", and what it is told of those before and after, "6 h w", from
+        the flows that the task reads."""
+        matches: list[Match | None] = []
         for other in (n - 1, n + 1):
             pair = "motion", min(n, other)
-            if pair in task.reads:
-                ways = held[pair].float().split(2)
-                matches.append((sources[other], *(ways if other > n else ways[::-1])))
-        return degrained(sources[n], matches, self.networks.settings.degrain) if matches else sources[n]
+            ways = held[pair].float().split(2) if pair in task.reads else ()
+            matches.append((sources[other], *(ways if other > n else ways[::-1])) if ways else None)
+        changes, shares = beside(sources[n], *matches)
+        return degrained(sources[n], changes, shares, self.networks.settings.degrain), changes.flatten(0, 1)
 
 
 def restore(frames: Tensor, networks: Networks, shots: Shots | None = None, cache_mib: int = 1024) -> Tensor:

@@ -42,20 +42,30 @@ class Enlarger(nn.Module):
         levels: noise levels that have a share of their own.
         meeting: inner width of further blocks, one behind every second of the others, in which a frame meets those
             before and after it; None: there are none.
+        beside: it may be told what the frames before and after would change, brought to the frame's place.
     """
 
-    def __init__(self, channels: int, layers: int, levels: int, meeting: int | None = None):
+    def __init__(self, channels: int, layers: int, levels: int, meeting: int | None = None, beside: bool = False):
         super().__init__()
         self.conv_in = FrameConv(3, channels, 3, padding=1)
+        if beside:
+            self.beside_in = zeroed(FrameConv(6, channels, 3, padding=1))
         self.blocks = nn.ModuleList(Plain(channels, channels) for _ in range(layers))
         self.meetings = nn.ModuleList(Plain(channels, meeting, VolumeConv) for _ in range(layers // 2) if meeting)
         self.conv_out = zeroed(FrameConv(channels, 4 * SCALE**2, 3, padding=1))
         self.class_embedding = nn.Embedding(levels, 1)
         nn.init.constant_(self.class_embedding.weight, UNTRAINED)
 
-    def forward(self, low_res: Tensor) -> tuple[Tensor, Tensor]:
-        """low_res "b 3 t h w" in [-1, 1] -> detail "b 3 t 4h 4w" and trust "b 1 t 4h 4w", which `mixed` wants."""
-        x = first = self.conv_in(low_res)
+    def forward(self, low_res: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """low_res "b 3 t h w" in [-1, 1] -> detail "b 3 t 4h 4w" and trust "b 1 t 4h 4w", which `mixed` wants.
+
+        beside "b 6 t h w": what `degrain.beside` finds before and after each frame; None: nothing.
+        """
+        x = self.conv_in(low_res)
+        if hasattr(self, "beside_in"):
+            nothing = low_res.shape[0], 6, *low_res.shape[2:]
+            x = self.beside_in(low_res.new_zeros(nothing) if beside is None else beside, add=x)
+        first = x
         for i, block in enumerate(self.blocks):
             x = block(x)
             if self.meetings and i % 2:
@@ -63,12 +73,12 @@ class Enlarger(nn.Module):
         detail, trust = self.conv_out(plus(x, first)).split((3 * SCALE**2, SCALE**2), dim=1)
         return shuffled(detail, SCALE), shuffled(trust, SCALE)
 
-    def mixed(self, drawn: Tensor, low_res: Tensor, level: Tensor) -> Tensor:
+    def mixed(self, drawn: Tensor, low_res: Tensor, level: Tensor, beside: Tensor | None = None) -> Tensor:
         """`drawn` "b 3 t 4h 4w", what a decoder adds to bicubic, mixed with what this network adds; level (b,), int64.
 
         The share of a pixel is the sigmoid of its trust and its noise level's.
         """
-        detail, trust = self(low_res)
+        detail, trust = self(low_res, beside)
         share = torch.sigmoid(trust + self.class_embedding(level)[:, :, None, None, None].to(trust))
         detail = detail.to(drawn)
         in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())

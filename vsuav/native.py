@@ -95,11 +95,11 @@ def opened(file: Path) -> ctypes.CDLL:
     sizes = sum(ctypes.sizeof(kind) << 10 * i for i, kind in enumerate(kinds))
     if hasattr(library, "sizes"):
         library.sizes.restype = c_int64
-    if not hasattr(library, "degrain") or library.sizes() != sizes:
+    if not hasattr(library, "beside") or library.sizes() != sizes:
         raise OSError(f"{file} was built from other source")
     library.origins.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_void_p)
     library.blend.argtypes = (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p)
-    library.degrain.argtypes = (*(c_void_p,) * 4, c_int64, c_int64, c_float, c_float, c_void_p, c_void_p)
+    library.beside.argtypes = (*(c_void_p,) * 4, c_int64, c_int64, c_float, c_void_p, c_void_p)
     for name in ("room", "weights_room", "affine_room", "attend_room", "over_time_room"):
         function = getattr(library, name)
         function.argtypes, function.restype = (c_void_p,), c_int64
@@ -372,12 +372,11 @@ def blend(current: Tensor, source: Tensor, origin: Tensor) -> Tensor:
     return result
 
 
-def degrain(
-    frame: Tensor, neighbour: Tensor, flow: Tensor, origin: Tensor, weight: float, steep: float, change: Tensor,
-    total: Tensor,
+def beside(
+    frame: Tensor, neighbour: Tensor, flow: Tensor, origin: Tensor, steep: float, change: Tensor, share: Tensor
 ) -> None:
-    """What a neighbour adds to the sums of `degrain.degrained`, "c h w" and "1 h w", all float32 on the CPU."""
+    """What `degrain.beside` says of a neighbour, "3 h w" and "1 h w", contiguous; all float32 on the CPU."""
     frame, neighbour, flow, origin = (x.contiguous() for x in (frame, neighbour, flow, origin))
-    _library.degrain(
-        _at(frame), _at(neighbour), _at(flow), _at(origin), *frame.shape[-2:], weight, steep, _at(change), _at(total)
+    _library.beside(
+        _at(frame), _at(neighbour), _at(flow), _at(origin), *frame.shape[-2:], steep, _at(change), _at(share)
     )

@@ -48,10 +48,10 @@ void averaged(float* x, int64_t height, int64_t width, float* across) {
 
 extern "C" {
 
-// Of planes "3 h w": adds to `change` what `neighbour` differs by, times its share, and the share to `total` "h w". `place`
-// is from `origins`; the share is weight * exp(steep * the mean squared difference around), and 0 where place < 0.
-void degrain(const float* frame, const float* neighbour, const float* flow, const int32_t* place, int64_t height,
-             int64_t width, float weight, float steep, float* change, float* total) {
+// Of planes "3 h w": `change` gets what `neighbour` differs by, times its share, and `shares` "h w" the share. `place` is
+// from `origins`; the share is exp(steep * the mean squared difference around), and 0 where place < 0.
+void beside(const float* frame, const float* neighbour, const float* flow, const int32_t* place, int64_t height,
+            int64_t width, float steep, float* change, float* shares) {
     const int64_t pixels = height * width;
     std::vector<Pixel> other(pixels), difference(pixels);
     std::vector<float> error(pixels), across(pixels);
@@ -80,9 +80,9 @@ void degrain(const float* frame, const float* neighbour, const float* flow, cons
         }
     averaged(error.data(), height, width, across.data());
     for (int64_t at = 0; at < pixels; at++) {
-        const float share = place[at] < 0 ? 0 : weight * std::exp(steep * error[at]);
-        total[at] += share;
-        for (int c = 0; c < COLOURS; c++) change[at + c * pixels] += share * difference[at][c];
+        const float share = place[at] < 0 ? 0 : std::exp(steep * error[at]);
+        shares[at] = share;
+        for (int c = 0; c < COLOURS; c++) change[at + c * pixels] = share * difference[at][c];
     }
 }
 

@@ -302,17 +302,22 @@ class Networks:
         pixels = sum((t.bottom - t.top) * (t.right - t.left) for t in cover)
         return self._kept * pixels * self._unet.config.deep_channels * self.dtype.itemsize
 
-    def decode(self, frames: Sequence[int], latents: Sequence[Tensor], low_res: Sequence[Tensor]) -> Tensor:
+    def decode(
+        self, frames: Sequence[int], latents: Sequence[Tensor], low_res: Sequence[Tensor],
+        beside: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """Decode one chunk: "t 3 4h 4w", float32 on the CPU in [0, 1], with the colour fix.
 
         Args:
             frames: absolute numbers of the chunk's frames.
             latents: "c h w" of each frame after the last step.
             low_res: "3 h w" of each frame, in [-1, 1].
+            beside: "6 h w" of each frame, what those before and after would change in it; None: nothing.
         """
         z = torch.stack(list(latents), 1)[None].float() / self._vae.config.scaling_factor
         clean = torch.stack(list(low_res), 1)[None]
-        picture = self._decode(z, clean, frames)
+        told = beside is not None and getattr(self._vae.config, "enlarger_beside", False)
+        picture = self._decode(z, clean, torch.stack(list(beside), 1)[None] if told else None, frames)
         with self._at_work(frames, *z.shape[-2:]):
             picture = picture.clamp_(-1, 1)
             if self.settings.color_fix != "none":
@@ -320,7 +325,7 @@ class Networks:
                 picture = (adain if self.settings.color_fix == "adain" else wavelet)(picture, style)
             return picture.div_(2).add_(0.5).clamp_(0, 1).cpu()
 
-    def _decode(self, z: Tensor, low_res: Tensor, frames: Sequence[int]) -> Tensor:
+    def _decode(self, z: Tensor, low_res: Tensor, beside: Tensor | None, frames: Sequence[int]) -> Tensor:
         height, width = z.shape[-2:]
         rows = band_rows(height, width, self.settings.tile)
         decode = self._decoder
@@ -328,7 +333,8 @@ class Networks:
             banded = BandedDecoder(self._vae.decoder, rows, self._home(len(frames), height, width))
             decode = functools.partial(self._vae.decode, decoder=banded)
         level = torch.full((1,), self.settings.noise_level, device=self.device)
-        decoded = self._run(decode, self._sent(z, self._decoder_dtype), self._sent(low_res), level, frames=frames)
+        seen = [self._sent(x) for x in (low_res, beside) if x is not None]
+        decoded = self._run(decode, self._sent(z, self._decoder_dtype), seen[0], level, *seen[1:], frames=frames)
         return decoded[0].transpose(0, 1).float()
 
     def _home(self, count: int, height: int, width: int) -> torch.device:

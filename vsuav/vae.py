@@ -48,7 +48,7 @@ class VAEConfig:
     `num_class_embeds`: a decoder that knows the noise level has a table of so many levels, as the U-Net has.
     `enlarger_channels`, `enlarger_layers`: an `Enlarger` so wide and deep, with which the decoder's picture is mixed;
     for a decoder with `bicubic_skip` that knows the noise level. `enlarger_meeting`: frames meet in it, in so wide
-    blocks.
+    blocks. `enlarger_beside`: it is told what the frames before and after each frame would change in it.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512)
@@ -70,6 +70,7 @@ class VAEConfig:
     enlarger_channels: int | None = None
     enlarger_layers: int = 6
     enlarger_meeting: int | None = None
+    enlarger_beside: bool = False
 
     FIXED = {
         "act_fn": ("silu",),
@@ -96,8 +97,9 @@ class VAEConfig:
                 f"VAEConfig: enlarger_channels needs bicubic_skip and num_class_embeds, got {self.enlarger_channels} "
                 f"with {self.bicubic_skip} and {self.num_class_embeds}"
             )
-        if self.enlarger_meeting and not self.enlarger_channels:
-            raise ValueError(f"VAEConfig: enlarger_meeting {self.enlarger_meeting} needs enlarger_channels, got None")
+        for name in ("enlarger_meeting", "enlarger_beside"):
+            if getattr(self, name) and not self.enlarger_channels:
+                raise ValueError(f"VAEConfig: {name} {getattr(self, name)} needs enlarger_channels, got None")
         for kind in self.up_block_types:
             if kind not in known:
                 raise ValueError(f"VAEConfig: unknown block type {kind!r}; known: {', '.join(known)}")
@@ -281,8 +283,9 @@ class VAE(nn.Module):
         self.post_quant_conv = FrameConv(config.latent_channels, config.latent_channels, 1)
         if config.enlarger_channels:
             self.enlarger = Enlarger(
-                config.enlarger_channels, config.enlarger_layers, config.num_class_embeds, config.enlarger_meeting
-            )
+                config.enlarger_channels, config.enlarger_layers, config.num_class_embeds, config.enlarger_meeting,
+                config.enlarger_beside,
+            )  # fmt: skip
 
     def _enter(self, x: Tensor) -> Tensor:
         return x.to(self.quant_conv.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
@@ -297,6 +300,7 @@ class VAE(nn.Module):
         z: Tensor,
         low_res: Tensor | None = None,
         level: Tensor | None = None,
+        beside: Tensor | None = None,
         w: float = 1.0,
         decoder: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor] | None = None,
     ) -> Tensor:
@@ -304,8 +308,10 @@ class VAE(nn.Module):
 
         z "b c t h w": latents, already divided by `config.scaling_factor`. low_res "b 3 t h w": the clean input frames
         in [-1, 1], needed where the decoder was built for them; w: how much they count. level (b,), int64: the noise
-        level the latents were made for, needed where the decoder knows it (`config.num_class_embeds`). decoder: what
-        runs in the place of `self.decoder` and gives the same in another way.
+        level the latents were made for, needed where the decoder knows it (`config.num_class_embeds`). beside
+        "b 6 t h w": what the frames before and after would change in each (`degrain.beside`), for a decoder that is
+        told (`config.enlarger_beside`); None: nothing. decoder: what runs in the place of `self.decoder` and gives the
+        same in another way.
 
         With `config.fading` the picture loses its colour where the last channel says so, see `without_colour`.
 
@@ -325,7 +331,7 @@ class VAE(nn.Module):
         condition = self._enter(low_res) if self.config.condition_img else None
         x = (decoder or self.decoder)(self.post_quant_conv(self._enter(z)), condition, level, w)
         if self.config.enlarger_channels:
-            x = self.enlarger.mixed(x, self._enter(low_res), level)
+            x = self.enlarger.mixed(x, self._enter(low_res), level, None if beside is None else self._enter(beside))
         if self.config.bicubic_skip:
             skip = bicubic(low_res.transpose(1, 2).flatten(0, 1), self.config.factor)
             x = plus(x, skip.unflatten(0, (-1, z.shape[2])).transpose(1, 2).to(x))
