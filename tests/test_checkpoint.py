@@ -444,6 +444,7 @@ def test_weights_must_be_finite_floating_point(spoilt, kind):
     ("own", "says"),
     [
         (None, "NoneType"),
+        ("text", "'str' object is not a mapping"),
         ({"defaults": None}, "NoneType"),
         ({"presets": {"quick": {"steps": 0}}, "defaults": {}}, "steps must be between 1 and 1000, got 0"),
         ({"presets": {"quick": ["steps"]}, "defaults": {}}, "list"),

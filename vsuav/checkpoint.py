@@ -240,12 +240,13 @@ def _schedule(folder: Path, name: str) -> Schedule:
 
 def _own_settings(index: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Defaults and presets of one of this project's own models, such that every preset can be used."""
-    own = read_json(index).get("vsuav", {})
+    given = read_json(index).get("vsuav", {})
     try:
+        own = {**given}
         defaults, presets = ({**own[name]} if name in own else {} for name in ("defaults", "presets"))
         presets = {name: {**preset} for name, preset in presets.items()}
-        for given in ({}, *({"preset": name} for name in presets)):
-            resolve(given, defaults, presets)
+        for chosen in ({}, *({"preset": name} for name in presets)):
+            resolve(chosen, defaults, presets)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f'{index}: "vsuav" must hold defaults and presets by the names of settings: {error}') from None
     return defaults, presets
