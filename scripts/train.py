@@ -13,8 +13,8 @@
 A stage of the configuration may have any name where its "as" says which of these it is (in mini.json `settle`,
 `refine`, `tell` and `refresh` are `fewstep` again, `steady`, `steadier`, `faithful`, `steadiest`, `sharper`,
 `together`, `light`, `whole`, `keen`, `broad`, `broadly`, `calmer`, `firm` and `apart` are `temporal`, `deepen`,
-`polish`, `clear`, `trust`, `joined`, `keener`, `met` and `plainly` are `vae_video`, `meeting`, `grown` and `longer` are
-`enlarger`, and `encoder` is `vae` with the encoder alone).
+`polish`, `clear`, `trust`, `joined`, `keener`, `met`, `plainly` and `nearer` are `vae_video`, `meeting`, `grown`,
+`longer` and `beside` are `enlarger`, and `encoder` is `vae` with the encoder alone).
 
 A step takes the mean gradient of the stage's "parts", batches that each may change what the stage says of its data
 (pictures beside clips, or several clips); without them it takes one batch. A `temporal` stage with a rate for "image"
