@@ -467,7 +467,7 @@ def test_frames_are_degrained_as_by_torch(library, monkeypatch, size):
     found = beside(frame, (neighbour, flow, back), (frame, back, flow))
     monkeypatch.setattr(native, "KIND", None)
     for ours, expected in zip(found, beside(frame, (neighbour, flow, back), (frame, back, flow)), strict=True):
-        assert (ours - expected).abs().max() < 1e-6
+        assert (ours - expected).abs().max() < 3e-6  # places up to 50, each by other sums in float32
 
 
 @there
