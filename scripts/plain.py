@@ -175,8 +175,11 @@ class PlainDecoder:
     def __init__(self, config: VAEConfig, state: Mapping[str, Tensor]):
         self.config, self.state, self.weights = config, state, tree(state)
 
-    def __call__(self, z: Tensor, low_res: Tensor, level: Tensor | None = None) -> Tensor:
-        """z "b c t h w", unscaled; low_res "b 3 t h w", level (b,) if the decoder knows it -> "b 3 t 4h 4w"."""
+    def __call__(
+        self, z: Tensor, low_res: Tensor, level: Tensor | None = None, beside: Tensor | None = None
+    ) -> Tensor:
+        """z "b c t h w", unscaled; low_res "b 3 t h w", level (b,) and beside "b 6 t h w" if the decoder knows them ->
+        "b 3 t 4h 4w"."""
         w = self.weights.decoder
         e = w.class_embedding.weight[level] if "class_embedding" in w else None
         x = conv(conv(z, self.weights.post_quant_conv), w.conv_in)
@@ -199,7 +202,7 @@ class PlainDecoder:
         x = conv(F.silu(norm(x, w.conv_norm_out, self.config.norm_num_groups, 1e-6)), w.conv_out)
         if (side := self.config.unshuffle) > 1:
             x = torch.stack([F.pixel_shuffle(frame, side) for frame in x.unbind(2)], dim=2)
-        x = self.mixed(x, low_res, level) if self.config.enlarger_channels else x
+        x = self.mixed(x, low_res, level, beside) if self.config.enlarger_channels else x
         x = x + enlarge(low_res, tuple(x.shape[3:]), "bicubic") if self.config.bicubic_skip else x
         if self.config.fading:
             h, width = z.shape[3:]
@@ -209,11 +212,12 @@ class PlainDecoder:
             x = x + share * ((0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]) - x)
         return x
 
-    def mixed(self, drawn: Tensor, low_res: Tensor, level: Tensor) -> Tensor:
+    def mixed(self, drawn: Tensor, low_res: Tensor, level: Tensor, beside: Tensor | None) -> Tensor:
         p = self.weights.enlarger
         x = conv(low_res, p.conv_in)
         if "beside_in" in p:
-            x = x + conv(torch.cat([low_res, low_res], dim=1) * 0, p.beside_in)  # there is nothing before and after
+            nothing = low_res.new_zeros(len(low_res), 6, *low_res.shape[2:])
+            x = x + conv(nothing if beside is None else beside, p.beside_in)
         first = x
         for j in range(self.config.enlarger_layers):
             x = x + conv(F.silu(conv(x, p.blocks[j].conv1)), p.blocks[j].conv2)

@@ -64,6 +64,9 @@ def test_the_plain_decoder_is_ours(config):
     plain = PlainDecoder(vae.config, vae.state_dict())
     z, low_res, level = torch.randn(2, 4, 3, 6, 5), torch.rand(2, 3, 3, 6, 5) * 2 - 1, torch.tensor([0, 20])
     close(vae.decode(z, low_res, level), plain(z, low_res, level))
+    if vae.config.enlarger_beside:
+        beside = torch.randn(len(z), 6, *z.shape[2:])
+        close(vae.decode(z, low_res, level, beside), plain(z, low_res, level, beside))
 
 
 # -- what is counted and measured
