@@ -93,8 +93,8 @@ NONE = (0.0, 0.0, 0.0, 0.0, 0.0)
 stage does not say so itself, as "often", "pixels", "percept", "flicker" and "psnr"): a knob needs clear ends. Without
 "psnr" decibels weigh `NONE`, and without "cold" or "propagated" as many samplings start without noise or end with
 propagation."""
-
-
+ALONE = 0.1
+"""How often each neighbour of a frame is kept from a decoder that sees it with "degrain", as at the ends of shots."""
 PART = ("data", "batch", "frames", "size", "strength", "clean", "looks", "drift")
 """What a part of a step may say of its batch."""
 
@@ -228,10 +228,6 @@ def moving(picture: np.ndarray, count: int, size: int, drift: float, rng: np.ran
     places = np.rint(np.arange(count)[:, None] * speed).astype(int)
     places += rng.integers(-places.min(0), room - places.max(0) + 1)
     return np.stack([picture[y : y + size, x : x + size] for y, x in places])
-
-
-ALONE = 0.1
-"""How often each neighbour of a frame is kept from the decoder, as at the ends of shots."""
 
 
 def view(low: np.ndarray, inner: slice, weight: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,8 @@ class Fake:
         z = torch.stack(list(latents)).float()
         pictures = torch.stack(list(low_res)) / 2 + 0.5 + 0.05 * torch.sin(z.mean(1, keepdim=True) + z.mean())
         if beside is not None:
-            pictures = pictures + 0.1 * torch.stack(list(beside))[:, :3] - 0.07 * torch.stack(list(beside))[:, 3:]
+            before, after = torch.stack(list(beside)).split(3, dim=1)
+            pictures = pictures + 0.1 * before - 0.07 * after
         return pictures.clamp(0, 1).repeat_interleave(4, -1).repeat_interleave(4, -2)
 
     def flow(self, first: Tensor, second: Tensor) -> Tensor:

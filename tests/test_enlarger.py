@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from test_vae import VIDEO, build, close, differs
 
 from vsuav.enlarger import Enlarger
+from vsuav.layers import FrameConv
 
 MIXED = VIDEO | {"bicubic_skip": True, "num_class_embeds": 30, "enlarger_channels": 6, "enlarger_layers": 2}
 
@@ -42,27 +43,24 @@ def test_the_network_pixel_by_pixel():
 
 
 def test_what_it_is_told_of_the_frames_beside_enters_with_the_frame():
-    """As one convolution of both, whose bias is the sum of two; told nothing is told that nothing changes."""
+    """As by one convolution of both together; told nothing is told that nothing changes."""
     net, low, beside = enlarger(beside=True), torch.rand(2, 3, 3, 5, 6), torch.randn(2, 6, 3, 5, 6)
-    alone = enlarger()
-    alone.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("beside_in.")})
-    weight = torch.cat([net.conv_in.weight, net.beside_in.weight], dim=1)
+    joint = enlarger()
+    joint.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("beside_in.")})
+    joint.conv_in = FrameConv(9, 6, 3, padding=1)
+    joint.conv_in.weight.copy_(torch.cat([net.conv_in.weight, net.beside_in.weight], dim=1))
+    joint.conv_in.bias.copy_(net.conv_in.bias + net.beside_in.bias)
     for told, given in ((beside, beside), (None, 0 * beside)):
-        with pytest.MonkeyPatch.context() as patch:
-            joint = lambda x, given=given: torch.stack(  # noqa: E731
-                [
-                    F.conv2d(torch.cat([x[:, :, t], given[:, :, t]], 1), weight, net.conv_in.bias, padding=1)
-                    + net.beside_in.bias[:, None, None]
-                    for t in range(3)
-                ],
-                dim=2,
-            )
-            patch.setattr(alone.conv_in, "forward", joint)
-            for ours, expected in zip(net(low, told), alone(low), strict=True):
-                close(ours, expected)
+        for ours, expected in zip(net(low, told), joint(torch.cat([low, given], dim=1)), strict=True):
+            close(ours, expected)
     assert differs(net(low, beside)[0], net(low)[0])
-    fresh = Enlarger(6, 2, 30, beside=True)
-    assert torch.equal(fresh(low, beside)[0], fresh(low)[0])
+
+
+def test_a_fresh_one_makes_nothing_of_what_it_is_told():
+    fresh, low, beside = Enlarger(6, 2, 30, beside=True), torch.rand(1, 3, 2, 5, 6), torch.randn(1, 6, 2, 5, 6)
+    torch.nn.init.normal_(fresh.conv_out.weight)
+    for told, alone in zip(fresh(low, beside), fresh(low), strict=True):
+        assert alone.any() and torch.equal(told, alone)
 
 
 def test_the_decoders_picture_and_its_own_are_mixed_by_trust_and_level():

@@ -2,7 +2,7 @@
 
 Networks and propagation keep latents steady, but a decoder that also looks at the input hands on whatever flickers
 there: grain, and the noise of codecs. So the neighbours are brought to the frame's place and count where the flow is
-trusted and they look like it. No weights, no training.
+trusted and they look like it. No weights, no training; but a network may be told what each of them would change.
 """
 
 import torch
