@@ -133,10 +133,24 @@ def parts(stage: dict) -> list[dict]:
     return [{**stage, **part} for part in given]
 
 
-def source(path: Path) -> np.ndarray:
-    """The pictures or clips of a file, "n t h w 3" uint8."""
-    array = np.load(path, mmap_mode="r")
-    return array if array.ndim == 5 else array[:, None]
+def edge(part: dict) -> int:
+    """How many frames on each side of those of a clip are read too, for what `degrain` shows the decoder."""
+    return int(part.get("degrain", 0.0) > 0 and (part.get("frames", 1) > 1 or part.get("drift", 0.0) > 0))
+
+
+def source(folder: Path, part: dict) -> np.ndarray:
+    """The pictures or clips a part of a step is cut from, "n t h w 3" uint8.
+
+    Raises:
+        ValueError: they are too short or too small for it.
+    """
+    array = np.load(folder / part["data"], mmap_mode="r")
+    array = array if array.ndim == 5 else array[:, None]
+    count, size = 1 if part.get("drift") else part.get("frames", 1) + 2 * edge(part), 4 * part["size"]
+    if array.shape[1] < count or min(array.shape[2:4]) < size:
+        got = f"{array.shape[1]} of {array.shape[3]}x{array.shape[2]}"
+        raise ValueError(f"train: {part['data']} must have {count} frames of {size}x{size} or more a clip, got {got}")
+    return array
 
 
 class Batches(Dataset):
@@ -153,7 +167,7 @@ class Batches(Dataset):
     def __init__(self, folder: Path, stage: dict, seed: int, name: str, rank: int = 0):
         self.stage, self.seed, self.name, self.rank = stage, seed, name, rank
         self.parts = parts(stage)
-        self.sources = [source(folder / part["data"]) for part in self.parts]
+        self.sources = [source(folder, part) for part in self.parts]
 
     def __len__(self) -> int:
         return math.ceil(self.stage["steps"] / self.stage.get("again", 1)) * len(self.parts)
@@ -164,11 +178,11 @@ class Batches(Dataset):
         stage, clips = self.parts[k % len(self.parts)], self.sources[k % len(self.parts)]
         size, count = 4 * stage["size"], stage.get("frames", 1)
         drift, degrain = stage.get("drift", 0.0), stage.get("degrain", 0.0)
-        edge = int(degrain > 0 and (count > 1 or drift > 0))
+        before = edge(stage)
         highs, lows, prompts, views = [], [], [], []
         for _ in range(stage["batch"]):
             clip = clips[rng.integers(len(clips))]
-            hr = piece(clip, count + 2 * edge, size, drift, rng)
+            hr = piece(clip, count + 2 * before, size, drift, rng)
             strength = rng.uniform(0, stage.get("strength", 1.0))
             recipe = CLEAN if rng.random() < stage.get("clean", 0.0) else None
             lr = degrade(hr, rng, strength=strength, recipe=recipe)
@@ -178,7 +192,7 @@ class Batches(Dataset):
                 hr = look(hr, prompt, rng)
             if rng.random() < 0.1:
                 prompt = ""
-            inner = slice(edge, edge + count)
+            inner = slice(before, before + count)
             if degrain:
                 views.append(view(lr, inner, degrain, rng))
             highs.append(hr[inner])

@@ -582,3 +582,22 @@ def test_what_was_trained_can_be_exported_and_loaded(data, tmp_path):
     assert torch.allclose(models.unet.state_dict()[name], weights(path)[f"unet.{name}"], atol=1e-3)
     export(path, tmp_path / "model", tmp_path / "model" / "prompts.safetensors")  # new weights, the same prompts
     assert read_prompts(tmp_path / "model" / "prompts.safetensors").keys() == set(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "part, wanted",
+    [
+        ({"frames": 5}, "clips.npy must have 5 frames of 32x32 or more a clip, got 4 of 48x48"),
+        ({"frames": 3, "degrain": 0.2}, "clips.npy must have 5 frames of 32x32 or more a clip, got 4 of 48x48"),
+        ({"size": 13}, "clips.npy must have 4 frames of 52x52 or more a clip, got 4 of 48x48"),
+        ({"data": "stills.npy", "frames": 2}, "stills.npy must have 2 frames of 32x32 or more a clip, got 1 of 48x48"),
+    ],
+)
+def test_clips_that_are_too_short_or_too_small_are_refused_at_once(tmp_path, part, wanted):
+    np.save(tmp_path / "clips.npy", np.zeros((2, 4, 48, 48, 3), np.uint8))
+    np.save(tmp_path / "stills.npy", np.zeros((2, 48, 48, 3), np.uint8))
+    stage = config()["stages"]["vae_video"] | part
+    with pytest.raises(ValueError, match=f"train: {wanted}"):
+        Batches(tmp_path, stage, 0, "vae_video")
+    drifting = {"data": "stills.npy", "frames": 2, "size": 12, "drift": 3.0, "degrain": 0.2}
+    Batches(tmp_path, stage | drifting, 0, "vae_video")
