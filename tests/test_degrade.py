@@ -1,5 +1,6 @@
 """The degradation: seeded, the right size, never better than the clean reduction, real codecs inside."""
 
+import io
 import subprocess
 import sys
 from fractions import Fraction
@@ -10,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import vapoursynth as vs
-from degrade import Drift, Recipe, Round, as_rgb, degrade, draw, encode, read_video, reduce, write_video
+from degrade import EXACT, Drift, Recipe, Round, as_rgb, degrade, draw, encode, read_video, reduce, write_video
 from PIL import Image
 
 NONE = Drift(0, 0)
@@ -89,6 +90,24 @@ def test_a_codec_darkens_nothing(clip, codec, rate):
     """FFmpeg's fast way to RGB rounds down: a level of luma on the way of every clip."""
     for channel, change in enumerate((encode(clip, codec, rate).astype(float) - clip).mean(axis=(0, 1, 2))):
         assert abs(change) < 0.35, channel
+
+
+def test_h264_is_what_its_plain_code_makes_of_a_clip(clip):
+    """x264's machine code has shortcuts that give other pixels on other CPUs; its plain code has none."""
+    frames, buffer = clip.repeat(3, axis=0), io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as container:
+        stream = container.add_stream("libx264", rate=25, options={
+            "crf": "24", "preset": "veryfast", "x264-params": "log-level=none:asm=0:threads=1"
+        })  # fmt: skip
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for image in frames:
+            picture = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p", interpolation=EXACT)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    buffer.seek(0)
+    with av.open(buffer) as container:
+        plainly = [as_rgb(image) for image in container.decode(video=0)]
+    np.testing.assert_array_equal(encode(frames, "libx264", 24), plainly)
 
 
 FORMATS = {
