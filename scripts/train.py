@@ -13,8 +13,8 @@
 A stage of the configuration may have any name where its "as" says which of these it is (in mini.json `settle`,
 `refine`, `tell` and `refresh` are `fewstep` again, `steady`, `steadier`, `faithful`, `steadiest`, `sharper`,
 `together`, `light`, `whole`, `keen`, `broad`, `broadly`, `calmer`, `firm` and `apart` are `temporal`, `deepen`,
-`polish`, `clear`, `trust`, `joined`, `keener`, `met`, `plainly` and `nearer` are `vae_video`, `meeting`, `grown`,
-`longer` and `beside` are `enlarger`, and `encoder` is `vae` with the encoder alone).
+`polish`, `clear`, `trust`, `joined`, `keener`, `met`, `plainly`, `nearer` and `corrected` are `vae_video`, `meeting`,
+`grown`, `longer` and `beside` are `enlarger`, and `encoder` is `vae` with the encoder alone).
 
 A step takes the mean gradient of the stage's "parts", batches that each may change what the stage says of its data
 (pictures beside clips, or several clips); without them it takes one batch. A `temporal` stage with a rate for "image"
@@ -332,7 +332,10 @@ class Learner(nn.Module):
                 "unet": sorted(time_), "image": spatial, "levels": levels, "decoder": flat, "new": new, "told": told,
                 "enlarger": enlarger, "shares": shares,
             },
-            "vae_video": {"decoder": flat, "new": new, "told": told, "enlarger": enlarger, "shares": shares},
+            "vae_video": {
+                "decoder": flat, "new": new, "told": told, "enlarger": enlarger, "shares": shares,
+                "corrector": only("vae_video.corrector."),
+            },
             "vae_image": {"decoder": plain},
             "enlarger": {"enlarger": enlarger},
         }[self.name]  # fmt: skip
@@ -424,7 +427,8 @@ class Learner(nn.Module):
     def loss_enlarger(self, batch: dict, progress: float) -> dict[str, Tensor]:
         seen = batch.get("seen", batch["lr"])
         skip = F.interpolate(frames(seen), scale_factor=4, mode="bicubic", align_corners=False)
-        result = self.vae_video.enlarger(seen, batch.get("beside"))[0].float() + clip(skip, seen.shape[2])
+        enlarger = self.vae_video.enlarger
+        result = enlarger(enlarger.features(seen, batch.get("beside")))[0].float() + clip(skip, seen.shape[2])
         l1, decibels = (result - batch["hr"]).abs().mean(), shortfall(result, batch["hr"]).mean()
         return {"loss": l1 + self.stage.get("psnr", 0.02) * decibels, "l1": l1, "psnr": 50 - decibels}
 
@@ -618,7 +622,8 @@ def begin(
             for key, weights in saved["weights"].items():
                 weights |= {n: v for n, v in other[key].items() if f"{key}.{n}".startswith(start)}
         for key, network in networks.items():
-            fresh = {name: p for name, p in network.state_dict().items() if name.startswith("enlarger.")}
+            later = ("enlarger.", "corrector.")
+            fresh = {name: p for name, p in network.state_dict().items() if name.startswith(later)}
             network.load_state_dict(fresh | saved["weights"][key])
     states = read_prompts(prompts if "folder" in config else data / "prompts.safetensors")
     return config, networks, torch.stack([states[p] for p in PROMPTS])

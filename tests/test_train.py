@@ -59,7 +59,7 @@ def config() -> dict:
         "vae_video": {
             **toy.VAE_VIDEO, **code,
             "num_class_embeds": 300, "enlarger_channels": 8, "enlarger_layers": 2, "enlarger_meeting": 4,
-            "enlarger_beside": True,
+            "enlarger_beside": True, "corrector_channels": 4, "corrector_layers": 2,
         },
         "scheduler": toy.SCHEDULER,
         "model": {"defaults": toy.DEFAULTS, "presets": toy.PRESETS},
@@ -92,6 +92,7 @@ def config() -> dict:
                 "rates": {"enlarger": 1e-3, "new": 1e-3},
             },
             "trust": {**clips, "as": "vae_video", "rates": {"enlarger": 1e-3, "shares": 0.02}},
+            "corrected": {**clips, "as": "vae_video", "often": [1, 0, 0, 0, 0], "rates": {"corrector": 1e-3}},
         },
     }  # fmt: skip
 
@@ -144,7 +145,8 @@ def test_a_resumed_runs_log_goes_on_where_it_was(data, tmp_path):
 
 
 @pytest.mark.parametrize("stage", [
-        "vae", "unet", "temporal", "whole", "vae_video", "vae_image", "enlarger", "beside", "trust"
+        "vae", "unet", "temporal", "whole", "vae_video", "vae_image", "enlarger", "beside", "trust",
+        "corrected",
     ]
 )  # fmt: skip
 def test_only_what_a_stage_trains_moves(data, tmp_path, stage):
@@ -164,17 +166,18 @@ def test_only_what_a_stage_trains_moves(data, tmp_path, stage):
         "enlarger": lambda n: n.startswith("vae_video.enlarger.") and "class_embedding" not in n,
         "beside": lambda n: n.startswith("vae_video.enlarger.") and "class_embedding" not in n,
         "trust": lambda n: n.startswith("vae_video.enlarger."),
+        "corrected": lambda n: n.startswith("vae_video.corrector."),
     }[stage]
     assert moved and all(allowed(name) for name in moved), sorted(n for n in moved if not allowed(n))
     if "shares" in settings["stages"][stage]["rates"]:
         assert "vae_video.enlarger.class_embedding.weight" in moved
 
 
-def test_a_model_from_before_the_enlarger_goes_on_with_a_fresh_one(data, tmp_path):
+def test_a_model_from_before_enlarger_and_corrector_goes_on_with_fresh_ones(data, tmp_path):
     settings = config()
     path = train("unet", settings, data, tmp_path, steps=1)
     saved = torch.load(path, weights_only=True)
-    older = {k: v for k, v in saved["weights"]["vae_video"].items() if not k.startswith("enlarger.")}
+    older = {k: v for k, v in saved["weights"]["vae_video"].items() if not k.startswith(("enlarger.", "corrector."))}
     torch.save({**saved, "weights": saved["weights"] | {"vae_video": older}}, path)
     after = weights(train("trust", settings, data, tmp_path / "on", init=path, steps=1))
     assert all(torch.equal(after[f"vae_video.{name}"], value) for name, value in older.items())
