@@ -89,8 +89,8 @@ def decoder_call(vae: VAE, size: Size) -> tuple[Call, list[torch.Tensor | int]]:
 
 def gflop(plain: Call, inputs: list[torch.Tensor | int]) -> float:
     """Of the plain version of a network, which holds its weights on the meta device."""
-    on_meta = lambda v: v.to("meta", torch.float32 if v.is_floating_point() else v.dtype)  # noqa: E731
-    sketch = partial(plain, *(v if isinstance(v, int) else on_meta(v) for v in inputs))
+    shapes = lambda v: v.to("meta", torch.float32 if v.is_floating_point() else v.dtype)  # noqa: E731
+    sketch = partial(plain, *(v if isinstance(v, int) else shapes(v) for v in inputs))
     return sum(count * product.flops for product, count in products(sketch).items()) / 1e9
 
 
