@@ -2,6 +2,7 @@
 
     python scripts/evaluate.py                        every table, on clips taken from packages (below 25 minutes)
     python scripts/evaluate.py --clips DIR            on the clean videos and pictures of a folder, of any format
+    python scripts/evaluate.py --clips DIR --draws 6  each of them degraded in six ways
     python scripts/evaluate.py --pairs DIR            on pairs NAME.lr.mkv, NAME.hr.mkv (4 times as large)
     python scripts/evaluate.py --tables text,noise    some of main, crops, natural, ablation, text, noise, calls
     python scripts/evaluate.py --rows "bicubic;default" --frames 4 --size 128x96           a quick look
@@ -174,7 +175,8 @@ class Report:
         self.settings = {
             "source": str(source) if source else "packages", "frames": args.frames, "seed": args.seed,
             "size": "x".join(map(str, args.size)) if args.size else "whole", "strength": args.strength,
-            "reduce": args.reduce, "model": str(args.model or "bundled"), "threads": torch.get_num_threads(),
+            "reduce": args.reduce, "draws": args.draws, "model": str(args.model or "bundled"),
+            "threads": torch.get_num_threads(),
         }  # fmt: skip
         self.clips: dict[str, dict[str, dict[str, Numbers]]] = {}
         self.digests: dict[str, dict[str, str]] = {}
@@ -257,7 +259,7 @@ def restored_clips(args: argparse.Namespace) -> Iterator[Clip]:
         found = from_packages(args.packages, args.offline, args.frames or 24, args.size or (384, 256))
     if args.reduce > 1:
         found = ((name, np.stack([shrunk(f, args.reduce) for f in frames])) for name, frames in found)
-    yield from reduced(found, args.kinds, args.size, args.strength)
+    yield from reduced(found, args.kinds, args.size, args.strength, args.draws)
 
 
 def shrunk(frame: np.ndarray, times: int) -> np.ndarray:
@@ -322,6 +324,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
                         "default 256x192, of pairs 640x480")  # fmt: skip
     parser.add_argument("--reduce", type=int, default=1, help="make clean clips so many times smaller first")
     parser.add_argument("--strength", type=float, default=0.7, help="of the degradation, 0 … 1")
+    parser.add_argument("--draws", type=int, default=1, help="degrade every clip so many times, each time differently")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=5, help="of the ablation")
     parser.add_argument("--guidance", type=float, help="of the prompts in the text table; default: the model's own")
@@ -347,8 +350,8 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
         parser.error(f"--strength must be between 0 and 1, got {args.strength}")
     if not 0 <= args.seed < 2**64:
         parser.error(f"--seed must be between 0 and {2**64 - 1}, got {args.seed}")
-    if args.frames < 0 or args.reduce < 1 or args.seeds < 1:
-        parser.error("--frames must be at least 0, --reduce and --seeds at least 1")
+    if args.frames < 0 or min(args.reduce, args.draws, args.seeds) < 1:
+        parser.error("--frames must be at least 0, --reduce, --draws and --seeds at least 1")
     return args
 
 

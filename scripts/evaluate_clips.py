@@ -205,19 +205,27 @@ def pairs(folder: Path, count: int | None, size: tuple[int, int] | None) -> Iter
 
 
 def reduced(
-    sources: Iterator[tuple[str, np.ndarray]], kinds: list[str], size: tuple[int, int] | None, strength: float
+    sources: Iterator[tuple[str, np.ndarray]], kinds: list[str], size: tuple[int, int] | None, strength: float,
+    draws: int,
 ) -> Iterator[Clip]:
-    """Clean clips and their quarters: reduced by antialiased bicubic ("clean"), degraded by a recipe of their name."""
+    """Clean clips and their quarters: reduced by antialiased bicubic ("clean"), degraded by a recipe of their name.
+
+    From the second of `draws` on "NAME, draw 2" is the name, and so on.
+    """
     for name, frames in sources:
         truth = cropped(frames, size)
         if min(truth.shape[1:3]) < SMALLEST:
             say(f"{name} is {truth.shape[2]}x{truth.shape[1]}, smaller than {SMALLEST} pixels; left out")
             continue
-        rng = np.random.default_rng(zlib.crc32(name.encode()))
         if "clean" in kinds:
-            yield Clip(name, "clean", tensor(degrade(truth, rng, recipe=CLEAN)), tensor(truth))
+            yield Clip(name, "clean", tensor(degrade(truth, chance(name), recipe=CLEAN)), tensor(truth))
         if "degraded" in kinds:
-            yield Clip(name, "degraded", tensor(degrade(truth, rng, strength=strength)), tensor(truth))
+            for drawn in (name, *(f"{name}, draw {k}" for k in range(2, draws + 1))):
+                yield Clip(drawn, "degraded", tensor(degrade(truth, chance(drawn), strength=strength)), tensor(truth))
+
+
+def chance(name: str) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(name.encode()))
 
 
 def _take(data: bytes, starts: list[int], count: int, halve: bool) -> Iterator[np.ndarray]:

@@ -343,6 +343,18 @@ def test_every_other_table(tmp_path, model, monkeypatch):
     assert (tmp_path / "out" / "noise-level.png").is_file() and (tmp_path / "out" / "text.png").is_file()
 
 
+def test_a_clip_is_degraded_as_often_as_asked_and_each_time_differently(tmp_path, model):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    write(folder / "film.mkv", scene(2, 64, 48))
+    options = ("--clips", folder, "--model", model, "--rows", "bicubic")
+    once, report = run(tmp_path, *options), run(tmp_path, *options, "--draws", "3")
+    found = report["digests"]["degraded"]
+    assert list(found) == ["film", "film, draw 2", "film, draw 3"] and len(set(found.values())) == 3
+    assert found["film"] == once["digests"]["degraded"]["film"] and report["settings"]["draws"] == 3
+    assert report["digests"]["clean"] == once["digests"]["clean"]
+
+
 def test_without_packages_the_photos_remain(tmp_path, model, capsys):
     options = ("--tables", "main", "--rows", "bicubic", "--kinds", "clean", "--frames", "2", "--size", "64x48")
     report = run(tmp_path, "--model", model, *options)
@@ -359,6 +371,7 @@ def test_without_packages_the_photos_remain(tmp_path, model, capsys):
         (["--pairs", "a", "--clips", "b"], "not allowed with"),
         (["--strength", "2"], "--strength must be between 0 and 1, got 2.0"),
         (["--frames", "-1"], "--frames must be at least 0"),
+        (["--draws", "0"], "--draws and --seeds at least 1"),
     ],
 )
 def test_options_that_make_no_sense(given, line, capsys):
