@@ -22,9 +22,10 @@ FILE, too (`summary`: kind -> row -> means; `clips`: the same for every clip; `t
 With --clips or --pairs only the main table is made unless --tables asks. What is needed of packages is taken from
 --packages or downloaded into it; --offline never downloads. What cannot be had is left out with a line on stderr.
 
-Columns: PSNR-Y (dB), SSIM of the luma, stLPIPS-vgg (lower is better), SSIMULACRA2 (100 = identical), E_warp(DIS)
-(squared warping error x 1000 along the truth's flow), profile (mean absolute error of a pixel column over time, of
-255), NIQE and BRISQUE (lower is better), HF energy (what an input 4 times smaller cannot hold), seconds a frame.
+Columns: PSNR-Y and PSNR-C (dB, of luma and of the colours), SSIM of the luma, stLPIPS-vgg (lower is better),
+SSIMULACRA2 (100 = identical), E_warp(DIS) (squared warping error x 1000 along the truth's flow), profile (mean absolute
+error of a pixel column over time, of 255), NIQE and BRISQUE (lower is better), HF energy (what an input 4 times smaller
+cannot hold), seconds a frame.
 """
 
 import argparse
@@ -75,7 +76,7 @@ from torch import Tensor
 
 from vsuav.checkpoint import ModelError
 from vsuav.flow import DIS
-from vsuav.metrics import high_frequency_energy, psnr_y, ssim_y, temporal_profile, warping_error
+from vsuav.metrics import high_frequency_energy, psnr_c, psnr_y, ssim_y, temporal_profile, warping_error
 from vsuav.networks import auto_dtype
 
 TABLES = ("main", "crops", "natural", "ablation", "text", "noise", "calls")
@@ -136,6 +137,7 @@ class Judge:
         profile = (temporal_profile(result, column) - temporal_profile(truth, column)).abs().mean().item()
         numbers = {
             "psnr_y": psnr_y(result, truth, BORDER),
+            "psnr_c": psnr_c(result, truth, BORDER),
             "ssim": ssim_y(result, truth, BORDER),
             "e_warp_dis": warping_error(result, self.flow, reference=truth) if len(truth) > 1 else float("nan"),
             "profile": 255 * profile,

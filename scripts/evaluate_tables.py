@@ -14,12 +14,12 @@ from torch import Tensor
 Numbers = dict[str, float]
 Clips = dict[str, Numbers]
 COLUMNS = {
-    "psnr_y": ("PSNR-Y", 2), "ssim": ("SSIM", 4), "stlpips_vgg": ("stLPIPS-vgg", 4), "ssimulacra2": ("SSIMULACRA2", 1),
-    "e_warp_dis": ("E_warp(DIS)", 3), "profile": ("profile", 2), "niqe": ("NIQE", 2), "brisque": ("BRISQUE", 1),
-    "high_frequency": ("HF energy", 2), "seconds": ("s/frame", 2),
+    "psnr_y": ("PSNR-Y", 2), "psnr_c": ("PSNR-C", 2), "ssim": ("SSIM", 4), "stlpips_vgg": ("stLPIPS-vgg", 4),
+    "ssimulacra2": ("SSIMULACRA2", 1), "e_warp_dis": ("E_warp(DIS)", 3), "profile": ("profile", 2),
+    "niqe": ("NIQE", 2), "brisque": ("BRISQUE", 1), "high_frequency": ("HF energy", 2), "seconds": ("s/frame", 2),
 }  # fmt: skip
 """Key in the JSON -> heading and digits."""
-RESTORED = ("psnr_y", "ssim", "stlpips_vgg", "ssimulacra2", "e_warp_dis", "profile", "seconds")
+RESTORED = ("psnr_y", "psnr_c", "ssim", "stlpips_vgg", "ssimulacra2", "e_warp_dis", "profile", "seconds")
 BLURRY = ("bicubic", "lanczos", "znedi3")
 OTHERS = (*BLURRY, "SPAN", "animevideov3")
 

@@ -429,7 +429,7 @@ class Learner(nn.Module):
         skip = F.interpolate(frames(seen), scale_factor=4, mode="bicubic", align_corners=False)
         enlarger = self.vae_video.enlarger
         result = enlarger(enlarger.features(seen, batch.get("beside")))[0].float() + clip(skip, seen.shape[2])
-        l1, decibels = (result - batch["hr"]).abs().mean(), shortfall(result, batch["hr"]).mean()
+        l1, decibels = (result - batch["hr"]).abs().mean(), shortfall(luma(result - batch["hr"])).mean()
         return {"loss": l1 + self.stage.get("psnr", 0.02) * decibels, "l1": l1, "psnr": 50 - decibels}
 
     def level(self, count: int) -> Tensor:
@@ -472,11 +472,19 @@ class Learner(nn.Module):
 
         With "colours" in the stage, perception is left to brightness (`tinted`) and colours have an L1 of that weight.
         With "psnr", what a decibel of its PSNR-Y is worth at each level (PSNR loss: Chen et al. 2021, HINet).
+        With "chroma", too, brightness is luma, and it alone has these losses; the rest of the error is colour, whose L1
+        counts "colours" times as much and whose decibels are worth "chroma".
         """
         pixels, perception = self.weight("pixels", PIXELS, level), self.weight("percept", PERCEPT, level)
-        l1, colours = (result - batch["hr"]).abs().flatten(1).mean(1), 0.0
-        decibels = self.weight("psnr", NONE, level) * shortfall(result, batch["hr"])
-        if "colours" in self.stage:
+        error = result - batch["hr"]
+        l1, colours = error.abs().flatten(1).mean(1), 0.0
+        decibels = self.weight("psnr", NONE, level) * shortfall(luma(error))
+        if "chroma" in self.stage:
+            bright = luma(error)
+            l1, colour = bright.abs().flatten(1).mean(1), error - bright
+            colours = self.stage["colours"] * colour.abs().flatten(1).mean(1)
+            decibels, result = decibels + self.stage["chroma"] * shortfall(colour), batch["hr"] + bright
+        elif "colours" in self.stage:
             bright = tinted(result, batch["hr"])
             colours, result = self.stage["colours"] * (result - bright).abs().flatten(1).mean(1), bright
         percept = self.percept(result, batch["hr"])
@@ -525,10 +533,14 @@ def tinted(result: Tensor, truth: Tensor) -> Tensor:
     return truth + (result - truth).mean(1, keepdim=True)
 
 
-def shortfall(result: Tensor, truth: Tensor) -> Tensor:
-    """How many dB of PSNR, of BT.601 luma, each of "b 3 t h w" in [-1, 1] lacks to 50 dB: "b", at least 0."""
-    error = (result - truth).mul(result.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)).sum(1) / 2
-    return 50 + 10 * torch.log10(error.square().flatten(1).mean(1) + 1e-5)
+def luma(pictures: Tensor) -> Tensor:
+    """BT.601 luma of "b 3 t h w", "b 1 t h w"."""
+    return pictures.mul(pictures.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)).sum(1, keepdim=True)
+
+
+def shortfall(error: Tensor) -> Tensor:
+    """How many dB of PSNR the errors "b c t h w" of values in [-1, 1] lack to 50 dB: "b", at least 0."""
+    return 50 + 10 * torch.log10((error / 2).square().flatten(1).mean(1) + 1e-5)
 
 
 def flicker(result: Tensor, batch: dict[str, Tensor]) -> Tensor:

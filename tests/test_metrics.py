@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from vsuav.metrics import color_drift, high_frequency_energy, luma, psnr_y, ssim_y, temporal_profile, warping_error
+from vsuav.metrics import (
+    chroma,
+    color_drift,
+    high_frequency_energy,
+    luma,
+    psnr_c,
+    psnr_y,
+    ssim_y,
+    temporal_profile,
+    warping_error,
+)
 
 
 def pair(seed: int, height: int = 40, width: int = 33) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,10 +29,10 @@ def pair(seed: int, height: int = 40, width: int = 33) -> tuple[torch.Tensor, to
     return (truth + 0.05 * torch.randn(truth.shape, generator=generator)).clamp(0, 1), truth
 
 
-def planes(images: torch.Tensor, border: int = 0) -> list[np.ndarray]:
-    """scikit-image's luma of every image, cropped."""
+def planes(images: torch.Tensor, border: int = 0, of: int | slice = 0) -> list[np.ndarray]:
+    """scikit-image's luma (or other planes) of every image, cropped."""
     inner = slice(border, -border or None)
-    return [rgb2ycbcr(image.permute(1, 2, 0).double().numpy())[inner, inner, 0] for image in images]
+    return [rgb2ycbcr(image.permute(1, 2, 0).double().numpy())[inner, inner, of] for image in images]
 
 
 def test_luma_equals_scikit_image():
@@ -45,8 +55,19 @@ def test_psnr_and_ssim_equal_scikit_image(seed, border):
     assert psnr_y(result[0], truth[0], border) == pytest.approx(psnr[0], abs=1e-3)
 
 
+@given(st.integers(0, 50), st.sampled_from([0, 4]))
+def test_colours_equal_scikit_image(seed, border):
+    result, truth = pair(seed)
+    np.testing.assert_allclose(chroma(result).permute(0, 2, 3, 1).numpy(), planes(result, of=slice(1, 3)), atol=1e-3)
+    colours = [planes(images, border, slice(1, 3)) for images in (result, truth)]
+    psnr = [peak_signal_noise_ratio(b, a, data_range=255) for a, b in zip(*colours, strict=True)]
+    assert psnr_c(result, truth, border) == pytest.approx(np.mean(psnr), abs=1e-3)
+    assert psnr_c(truth + 0.1, truth) == 100, "a change of brightness is none of colour"
+
+
 def test_equal_images_are_perfect():
     picture, other = pair(1)
+    assert psnr_c(picture, picture) == 100
     assert psnr_y(picture, picture) == 100 and ssim_y(picture, picture) == pytest.approx(1, abs=1e-12)
     both = [psnr_y(picture, other), 100]
     mixed = torch.cat([other, picture]), torch.cat([picture, picture])

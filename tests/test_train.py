@@ -29,6 +29,7 @@ from train import (
     flows,
     holds,
     look,
+    luma,
     moving,
     seeded,
     shortfall,
@@ -436,6 +437,30 @@ def test_colours_have_a_loss_of_their_own(data):
         assert learner.picture(result, batch, level)["loss"].item() == pytest.approx(3 * times * 0.2, rel=1e-5)
 
 
+def test_brightness_cannot_be_paid_for_with_colour(data):
+    """With "chroma" the losses of luma do not change with what leaves luma alone, nor the colours' with brightness."""
+    stage = config()["stages"]["vae_image"] | {
+        "colours": 2, "chroma": 0.5, "pixels": [3, 3, 3, 3, 3], "psnr": [0.25, 0.25, 0.25, 0.25, 0.25]
+    }  # fmt: skip
+    learner = Learner(
+        build(config()), Schedule.from_config(toy.SCHEDULER), stage, "vae_image", torch.zeros(9, 3, 16),
+        torch.from_numpy(np.load(data / "basis.npy")),
+    )  # fmt: skip
+    batch, level = {"hr": torch.zeros(1, 3, 1, 8, 8)}, torch.tensor([20])
+
+    def loss(*error):
+        result = torch.tensor(error).view(1, 3, 1, 1, 1).expand(1, 3, 1, 8, 8)
+        return learner.picture(result, batch, level)["loss"].item()
+
+    bright, tint = 0.2, (0.587, -0.299, 0.0)  # of no luma
+    decibels = lambda square: 10 * np.log10(square / 4 + 1e-5) + 50  # noqa: E731
+    of_luma = 3 * bright + 0.25 * decibels(bright**2)
+    of_colour = 3 * 2 * sum(map(abs, tint)) / 3 + 0.5 * decibels(sum(t**2 for t in tint) / 3)
+    assert loss(bright, bright, bright) == pytest.approx(of_luma, rel=1e-5)
+    assert loss(*tint) == pytest.approx(of_colour, rel=1e-5)
+    assert loss(*(bright + t for t in tint)) == pytest.approx(of_luma + of_colour, rel=1e-5)
+
+
 @given(st.integers(0, 1000), st.floats(0.2, 0.8))
 def test_the_psnr_loss_counts_the_decibels_that_are_reported(seed, size):
     """For clips of one frame; beside the metric, which has another peak."""
@@ -443,7 +468,7 @@ def test_the_psnr_loss_counts_the_decibels_that_are_reported(seed, size):
     truth = torch.rand(3, 3, 1, 9, 7, generator=generator)
     noise = size * torch.randn(truth.shape, generator=generator)
     metric = [psnr_y(*(x[:, 0][None] / 2 + 0.5 for x in pair)) for pair in zip(truth + noise, truth, strict=True)]
-    loss = shortfall(truth + noise, truth)
+    loss = shortfall(luma(noise))
     assert (loss[0] - loss[1:]).tolist() == pytest.approx([m - metric[0] for m in metric[1:]], abs=0.05)
 
 

@@ -22,15 +22,25 @@ def luma(images: Tensor) -> Tensor:
     return (16 + 65.481 * red + 128.553 * green + 24.966 * blue)[:, None]
 
 
-def _lumas(name: str, result: Tensor, truth: Tensor, border: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The luma of every image of both, "1 1 h w", one at a time: a long clip in float64 would fill the memory."""
+def chroma(images: Tensor) -> Tensor:
+    """BT.601 Cb and Cr on the video scale, 16 … 240 with 128 for grey, "n 2 h w" float64."""
+    images = images[None] if images.ndim == 3 else images
+    red, green, blue = images.double().unbind(1)
+    cb = 128 - 37.797 * red - 74.203 * green + 112 * blue
+    return torch.stack([cb, 128 + 112 * red - 93.786 * green - 18.214 * blue], 1)
+
+
+def _planes(
+    name: str, result: Tensor, truth: Tensor, border: int, of: Callable[[Tensor], Tensor] = luma
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`of` every image of both, "1 c h w", one at a time: a long clip in float64 would fill the memory."""
     if result.shape != truth.shape:
         raise ValueError(f"{name}: images must have one shape, got {tuple(result.shape)} and {tuple(truth.shape)}")
     if min(result.shape[-2:]) <= 2 * border:
         raise ValueError(f"{name}: border must leave pixels of {tuple(result.shape[-2:])}, got {border}")
     inner = slice(border, -border or None)
     for images in zip(*(x[None] if x.ndim == 3 else x for x in (result, truth)), strict=True):
-        yield tuple(luma(image)[..., inner, inner] for image in images)
+        yield tuple(of(image)[..., inner, inner] for image in images)
 
 
 def psnr_y(result: Tensor, truth: Tensor, border: int = 0) -> float:
@@ -38,7 +48,16 @@ def psnr_y(result: Tensor, truth: Tensor, border: int = 0) -> float:
 
     An image counts as `MOST_DB` at most: one that is right to the bit would make the mean of all infinite.
     """
-    errors = [(r - t).square().mean() for r, t in _lumas("psnr_y", result, truth, border)]
+    return _psnr(_planes("psnr_y", result, truth, border))
+
+
+def psnr_c(result: Tensor, truth: Tensor, border: int = 0) -> float:
+    """The same of the colours, Cb and Cr together: what `psnr_y` does not see."""
+    return _psnr(_planes("psnr_c", result, truth, border, chroma))
+
+
+def _psnr(planes: Iterator[tuple[Tensor, Tensor]]) -> float:
+    errors = [(r - t).square().mean() for r, t in planes]
     return (10 * torch.log10(255**2 / torch.stack(errors))).clamp(max=MOST_DB).mean().item()
 
 
@@ -52,7 +71,7 @@ def ssim_y(result: Tensor, truth: Tensor, border: int = 0) -> float:
 
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     found = []
-    for r, t in _lumas("ssim_y", result, truth, border):
+    for r, t in _planes("ssim_y", result, truth, border):
         if min(r.shape[-2:]) < 11:
             raise ValueError(f"ssim_y: images must be at least 11x11 inside the border, got {tuple(r.shape[-2:])}")
         mean_r, mean_t = mean(r), mean(t)
