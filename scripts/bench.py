@@ -128,11 +128,12 @@ class Bench:
         """Rows of a decoder on one chunk."""
         z = torch.randn(1, plain.config.latent_channels, CHUNK, height, width)
         low_res = torch.rand(1, 3, CHUNK, height, width) * 2 - 1
-        calls = {k: partial(vae.decode, z.to(DTYPES[k]), low_res, 20) for k, vae in vaes.items()}
+        inputs = [z, low_res, torch.tensor([20])]
+        calls = {k: partial(vae.decode, z.to(DTYPES[k]), *inputs[1:]) for k, vae in vaes.items()}
         sketch = PlainDecoder(plain.config, on_meta(plain.state))
         return self.network(
-            f"{name} decoder, {CHUNK} frames", f"{width}x{height}", calls, partial(plain, z, low_res, 20),
-            partial(sketch, z.to("meta"), low_res.to("meta"), 20),
+            f"{name} decoder, {CHUNK} frames", f"{width}x{height}", calls, partial(plain, *inputs),
+            partial(sketch, *(x.to("meta") for x in inputs)),
         )  # fmt: skip
 
     def bundled(self) -> Iterator[dict]:

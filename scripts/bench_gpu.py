@@ -81,16 +81,15 @@ def unet_call(unet: UNetVideo, size: Size, dtype: torch.dtype, batch: int) -> tu
     return partial(unet, x, step, low, prepared, level), [x, step, low, text, level]
 
 
-def decoder_call(vae: VAE, size: Size) -> tuple[Call, list[torch.Tensor | int]]:
+def decoder_call(vae: VAE, size: Size) -> tuple[Call, list[torch.Tensor]]:
     z, low = on_gpu((vae.config.latent_channels, 3), CHUNK, size, torch.float32)
-    inputs = [z, low, 20]
+    inputs = [z, low, torch.full((1,), 20, device="cuda")]
     return partial(vae.decode, *inputs), inputs
 
 
-def gflop(plain: Call, inputs: list[torch.Tensor | int]) -> float:
+def gflop(plain: Call, inputs: list[torch.Tensor]) -> float:
     """Of the plain version of a network, which holds its weights on the meta device."""
-    shapes = lambda v: v.to("meta", torch.float32 if v.is_floating_point() else v.dtype)  # noqa: E731
-    sketch = partial(plain, *(v if isinstance(v, int) else shapes(v) for v in inputs))
+    sketch = partial(plain, *(v.to("meta", torch.float32 if v.is_floating_point() else v.dtype) for v in inputs))
     return sum(count * product.flops for product, count in products(sketch).items()) / 1e9
 
 

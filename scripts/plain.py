@@ -176,15 +176,11 @@ class PlainDecoder:
         self.config, self.state, self.weights = config, state, tree(state)
 
     def __call__(
-        self, z: Tensor, low_res: Tensor, level: Tensor | int | None = None, beside: Tensor | None = None
+        self, z: Tensor, low_res: Tensor, level: Tensor | None = None, beside: Tensor | None = None
     ) -> Tensor:
-        """z "b c t h w", unscaled; low_res "b 3 t h w", level (b,) or one for all, and beside "b 6 t h w" if the
-        decoder knows them -> "b 3 t 4h 4w"."""
+        """z "b c t h w", unscaled; low_res "b 3 t h w", level (b,) and beside "b 6 t h w" if the decoder knows them ->
+        "b 3 t 4h 4w"."""
         w = self.weights.decoder
-        corrects = "corrector" in self.weights
-        if isinstance(level, int):
-            corrects = corrects and level < self.config.corrector_until
-            level = torch.full((len(z),), level, device=z.device)
         e = w.class_embedding.weight[level] if "class_embedding" in w else None
         x = conv(conv(z, self.weights.post_quant_conv), w.conv_in)
         if "condition_in" in w:
@@ -206,9 +202,7 @@ class PlainDecoder:
         x = conv(F.silu(norm(x, w.conv_norm_out, self.config.norm_num_groups, 1e-6)), w.conv_out)
         if (side := self.config.unshuffle) > 1:
             x = torch.stack([F.pixel_shuffle(frame, side) for frame in x.unbind(2)], dim=2)
-        if self.config.enlarger_channels:
-            x, found = self.mixed(x, low_res, level, beside)
-            x = self.corrected(x, found, level) if corrects else x
+        x = self.mixed(x, low_res, level, beside) if self.config.enlarger_channels else x
         x = x + enlarge(low_res, tuple(x.shape[3:]), "bicubic") if self.config.bicubic_skip else x
         if self.config.fading:
             h, width = z.shape[3:]
@@ -218,10 +212,7 @@ class PlainDecoder:
             x = x + share * ((0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]) - x)
         return x
 
-    def mixed(
-        self, drawn: Tensor, low_res: Tensor, level: Tensor, beside: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The mixed picture, and what the enlarger found."""
+    def mixed(self, drawn: Tensor, low_res: Tensor, level: Tensor, beside: Tensor | None) -> Tensor:
         p = self.weights.enlarger
         x = conv(low_res, p.conv_in)
         if "beside_in" in p:
@@ -232,21 +223,10 @@ class PlainDecoder:
             x = x + conv(F.silu(conv(x, p.blocks[j].conv1)), p.blocks[j].conv2)
             if "meetings" in p and j % 2:
                 x = x + conv(F.silu(conv(x, p.meetings[j // 2].conv1)), p.meetings[j // 2].conv2)
-        found = x + first
-        detail, trust = conv(found, p.conv_out).split((48, 16), dim=1)
+        detail, trust = conv(x + first, p.conv_out).split((48, 16), dim=1)
         detail, trust = (torch.stack([F.pixel_shuffle(f, 4) for f in y.unbind(2)], dim=2) for y in (detail, trust))
         share = torch.sigmoid(trust + p.class_embedding.weight[level][:, :, None, None, None])
-        return (1 - share) * drawn + share * detail, found
-
-    def corrected(self, picture: Tensor, found: Tensor, level: Tensor) -> Tensor:
-        p, share = self.weights.corrector, (1 - level / self.config.corrector_until).clamp(min=0)
-        blocks = torch.stack([F.pixel_unshuffle(f, 4) for f in picture.unbind(2)], dim=2)
-        x = first = conv(found, p.features_in) + conv(blocks, p.picture_in)
-        for j in range(self.config.corrector_layers):
-            x = x + conv(F.silu(conv(x, p.blocks[j].conv1)), p.blocks[j].conv2)
-        change = conv(x + first, p.conv_out)
-        change = torch.stack([F.pixel_shuffle(f, 4) for f in change.unbind(2)], dim=2)
-        return picture + share[:, None, None, None, None] * change
+        return (1 - share) * drawn + share * detail
 
     def block(self, x: Tensor, p: Node, e: Tensor | None = None, groups_in: int = 0) -> Tensor:
         return residual(x, p, self.config.norm_num_groups, 1e-6, e, groups_in)

@@ -13,8 +13,8 @@
 A stage of the configuration may have any name where its "as" says which of these it is (in mini.json `settle`,
 `refine`, `tell` and `refresh` are `fewstep` again, `steady`, `steadier`, `faithful`, `steadiest`, `sharper`,
 `together`, `light`, `whole`, `keen`, `broad`, `broadly`, `calmer`, `firm` and `apart` are `temporal`, `deepen`,
-`polish`, `clear`, `trust`, `joined`, `keener`, `met`, `plainly`, `nearer` and `corrected` are `vae_video`, `meeting`,
-`grown`, `longer` and `beside` are `enlarger`, and `encoder` is `vae` with the encoder alone).
+`polish`, `clear`, `trust`, `joined`, `keener`, `met`, `plainly` and `nearer` are `vae_video`, `meeting`, `grown`,
+`longer` and `beside` are `enlarger`, and `encoder` is `vae` with the encoder alone).
 
 A step takes the mean gradient of the stage's "parts", batches that each may change what the stage says of its data
 (pictures beside clips, or several clips); without them it takes one batch. A `temporal` stage with a rate for "image"
@@ -332,10 +332,7 @@ class Learner(nn.Module):
                 "unet": sorted(time_), "image": spatial, "levels": levels, "decoder": flat, "new": new, "told": told,
                 "enlarger": enlarger, "shares": shares,
             },
-            "vae_video": {
-                "decoder": flat, "new": new, "told": told, "enlarger": enlarger, "shares": shares,
-                "corrector": only("vae_video.corrector."),
-            },
+            "vae_video": {"decoder": flat, "new": new, "told": told, "enlarger": enlarger, "shares": shares},
             "vae_image": {"decoder": plain},
             "enlarger": {"enlarger": enlarger},
         }[self.name]  # fmt: skip
@@ -427,9 +424,8 @@ class Learner(nn.Module):
     def loss_enlarger(self, batch: dict, progress: float) -> dict[str, Tensor]:
         seen = batch.get("seen", batch["lr"])
         skip = F.interpolate(frames(seen), scale_factor=4, mode="bicubic", align_corners=False)
-        enlarger = self.vae_video.enlarger
-        result = enlarger(enlarger.features(seen, batch.get("beside")))[0].float() + clip(skip, seen.shape[2])
-        l1, decibels = (result - batch["hr"]).abs().mean(), shortfall(luma(result - batch["hr"])).mean()
+        result = self.vae_video.enlarger(seen, batch.get("beside"))[0].float() + clip(skip, seen.shape[2])
+        l1, decibels = (result - batch["hr"]).abs().mean(), shortfall(result, batch["hr"]).mean()
         return {"loss": l1 + self.stage.get("psnr", 0.02) * decibels, "l1": l1, "psnr": 50 - decibels}
 
     def level(self, count: int) -> Tensor:
@@ -472,19 +468,11 @@ class Learner(nn.Module):
 
         With "colours" in the stage, perception is left to brightness (`tinted`) and colours have an L1 of that weight.
         With "psnr", what a decibel of its PSNR-Y is worth at each level (PSNR loss: Chen et al. 2021, HINet).
-        With "chroma", too, brightness is luma, and it alone has these losses; the rest of the error is colour, whose L1
-        counts "colours" times as much and whose decibels are worth "chroma".
         """
         pixels, perception = self.weight("pixels", PIXELS, level), self.weight("percept", PERCEPT, level)
-        error = result - batch["hr"]
-        l1, colours = error.abs().flatten(1).mean(1), 0.0
-        decibels = self.weight("psnr", NONE, level) * shortfall(luma(error))
-        if "chroma" in self.stage:
-            bright = luma(error)
-            l1, colour = bright.abs().flatten(1).mean(1), error - bright
-            colours = self.stage["colours"] * colour.abs().flatten(1).mean(1)
-            decibels, result = decibels + self.stage["chroma"] * shortfall(colour), batch["hr"] + bright
-        elif "colours" in self.stage:
+        l1, colours = (result - batch["hr"]).abs().flatten(1).mean(1), 0.0
+        decibels = self.weight("psnr", NONE, level) * shortfall(result, batch["hr"])
+        if "colours" in self.stage:
             bright = tinted(result, batch["hr"])
             colours, result = self.stage["colours"] * (result - bright).abs().flatten(1).mean(1), bright
         percept = self.percept(result, batch["hr"])
@@ -533,14 +521,10 @@ def tinted(result: Tensor, truth: Tensor) -> Tensor:
     return truth + (result - truth).mean(1, keepdim=True)
 
 
-def luma(pictures: Tensor) -> Tensor:
-    """BT.601 luma of "b 3 t h w", "b 1 t h w"."""
-    return pictures.mul(pictures.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)).sum(1, keepdim=True)
-
-
-def shortfall(error: Tensor) -> Tensor:
-    """How many dB of PSNR the errors "b c t h w" of values in [-1, 1] lack to 50 dB: "b", at least 0."""
-    return 50 + 10 * torch.log10((error / 2).square().flatten(1).mean(1) + 1e-5)
+def shortfall(result: Tensor, truth: Tensor) -> Tensor:
+    """How many dB of PSNR, of BT.601 luma, each of "b 3 t h w" in [-1, 1] lacks to 50 dB: "b", at least 0."""
+    error = (result - truth).mul(result.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)).sum(1) / 2
+    return 50 + 10 * torch.log10(error.square().flatten(1).mean(1) + 1e-5)
 
 
 def flicker(result: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -634,8 +618,7 @@ def begin(
             for key, weights in saved["weights"].items():
                 weights |= {n: v for n, v in other[key].items() if f"{key}.{n}".startswith(start)}
         for key, network in networks.items():
-            later = ("enlarger.", "corrector.")
-            fresh = {name: p for name, p in network.state_dict().items() if name.startswith(later)}
+            fresh = {name: p for name, p in network.state_dict().items() if name.startswith("enlarger.")}
             network.load_state_dict(fresh | saved["weights"][key])
     states = read_prompts(prompts if "folder" in config else data / "prompts.safetensors")
     return config, networks, torch.stack([states[p] for p in PROMPTS])

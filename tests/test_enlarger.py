@@ -28,7 +28,7 @@ def enlarger(layers: int = 2, meeting: int | None = None, beside: bool = False) 
 def test_the_network_pixel_by_pixel():
     """Against convolutions of single frames, and the pixels of a block put in their places by hand."""
     net, low = enlarger(), torch.rand(2, 3, 3, 5, 6)
-    detail, trust = net(net.features(low))
+    detail, trust = net(low)
     for b in range(2):
         for t in range(3):
             x = first = F.conv2d(low[b, :, t], net.conv_in.weight, net.conv_in.bias, padding=1)
@@ -51,22 +51,24 @@ def test_what_it_is_told_of_the_frames_beside_enters_with_the_frame():
     joint.conv_in.weight.copy_(torch.cat([net.conv_in.weight, net.beside_in.weight], dim=1))
     joint.conv_in.bias.copy_(net.conv_in.bias + net.beside_in.bias)
     for told, given in ((beside, beside), (None, 0 * beside)):
-        close(net.features(low, told), joint.features(torch.cat([low, given], dim=1)))
-    assert differs(net.features(low, beside), net.features(low))
+        for ours, expected in zip(net(low, told), joint(torch.cat([low, given], dim=1)), strict=True):
+            close(ours, expected)
+    assert differs(net(low, beside)[0], net(low)[0])
 
 
 def test_a_fresh_one_makes_nothing_of_what_it_is_told():
     fresh, low, beside = Enlarger(6, 2, 30, beside=True), torch.rand(1, 3, 2, 5, 6), torch.randn(1, 6, 2, 5, 6)
-    assert fresh.features(low).any() and torch.equal(fresh.features(low, beside), fresh.features(low))
+    torch.nn.init.normal_(fresh.conv_out.weight)
+    for told, alone in zip(fresh(low, beside), fresh(low), strict=True):
+        assert alone.any() and torch.equal(told, alone)
 
 
 def test_the_decoders_picture_and_its_own_are_mixed_by_trust_and_level():
     net, low, drawn = enlarger(), torch.rand(3, 3, 2, 5, 6), torch.rand(3, 3, 2, 20, 24)
-    found = net.features(low)
-    detail, trust = net(found)
+    detail, trust = net(low)
     levels = torch.tensor([0, 7, 29])
     net.class_embedding.weight[levels] = torch.tensor([[0.0], [60.0], [-60.0]])
-    got = net.mixed(drawn, found, levels)
+    got = net.mixed(drawn, low, levels)
     share = torch.sigmoid(trust[0])
     close(got[0], (1 - share) * drawn[0] + share * detail[0])
     close(got[1], detail[1])
@@ -80,7 +82,7 @@ def test_a_vae_with_one_mixes_it_in_under_the_bicubic_enlargement():
     z, low, level = torch.randn(2, 4, 2, 5, 6), torch.randn(2, 3, 2, 5, 6), torch.tensor([0, 20])
     large = torch.stack([F.interpolate(low[:, :, i], scale_factor=4, mode="bicubic") for i in range(2)], dim=2)
     drawn = plain.decode(z, low, level) - large
-    close(mixed.decode(z, low, level), mixed.enlarger.mixed(drawn, mixed.enlarger.features(low), level) + large)
+    close(mixed.decode(z, low, level), mixed.enlarger.mixed(drawn, low, level) + large)
     assert differs(mixed.decode(z, low, level), plain.decode(z, low, level))
 
 
@@ -90,21 +92,21 @@ def test_a_vae_hands_on_what_it_is_told_of_the_frames_beside():
     drawn, beside = torch.randn(1, 3, 2, 20, 24), torch.randn(1, 6, 2, 5, 6)
     large = torch.stack([F.interpolate(low[:, :, i], scale_factor=4, mode="bicubic") for i in range(2)], dim=2)
     got = told.decode(z, low, level, beside, decoder=lambda *_: drawn.clone())
-    close(got, told.enlarger.mixed(drawn.clone(), told.enlarger.features(low, beside), level) + large)
+    close(got, told.enlarger.mixed(drawn.clone(), low, level, beside) + large)
     assert differs(got, told.decode(z, low, level, decoder=lambda *_: drawn.clone()))
 
 
 def test_a_fresh_one_is_hardly_trusted():
     drawn, low = torch.rand(1, 3, 2, 20, 24), torch.rand(1, 3, 2, 5, 6)
-    fresh = Enlarger(6, 2, 30)
-    got = fresh.mixed(drawn, fresh.features(low), torch.tensor([20]))
+    got = Enlarger(6, 2, 30).mixed(drawn, low, torch.tensor([20]))
     close(got, drawn * (1 - torch.sigmoid(torch.tensor(-4.0))))
 
 
 def test_frames_do_not_meet():
     net, low = enlarger(), torch.rand(1, 3, 4, 5, 6)
     order = [2, 0, 3, 1]
-    close(net.features(low)[:, :, order], net.features(low[:, :, order]))
+    for together, apart in zip(net(low), net(low[:, :, order]), strict=True):
+        close(together[:, :, order], apart)
 
 
 @pytest.mark.parametrize("layers", [4, 5])
@@ -122,7 +124,7 @@ def test_frames_meet_after_every_second_block(layers):
             h = [torch.zeros_like(h[0]), *h, torch.zeros_like(h[0])]
             near = lambda t: sum(frame(h[t + k], conv2.weight[:, :, k], None) for k in range(3))  # noqa: B023, E731
             x = [y + near(t) + conv2.bias[:, None, None] for t, y in enumerate(x)]
-    for t, got in enumerate(net(net.features(low))[0].unbind(2)):
+    for t, got in enumerate(net(low)[0].unbind(2)):
         y = frame(x[t] + first[t], net.conv_out.weight, net.conv_out.bias)
         close(got, F.pixel_shuffle(y[:, :48], 4))
 
@@ -131,14 +133,17 @@ def test_fresh_meetings_change_nothing():
     net, low = Enlarger(6, 4, 30, 5), torch.rand(1, 3, 3, 5, 6)
     apart = Enlarger(6, 4, 30)
     apart.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("meetings.")})
-    close(net.features(low), apart.features(low))
+    for module in (net, apart):
+        torch.nn.init.constant_(module.conv_out.weight, 0.1)
+    for a, b in zip(net(low), apart(low), strict=True):
+        close(a, b)
 
 
 @pytest.mark.parametrize("meeting", [None, 5])
 def test_inference_equals_training(meeting):
     net, low = enlarger(meeting=meeting), torch.rand(1, 3, 2, 8, 9)
-    fast = net(net.features(low))
+    fast = net(low)
     with torch.enable_grad():
-        for a, b in zip(fast, net(net.features(low)), strict=True):
+        for a, b in zip(fast, net(low), strict=True):
             close(a, b)
             assert b.requires_grad

@@ -29,7 +29,6 @@ from train import (
     flows,
     holds,
     look,
-    luma,
     moving,
     seeded,
     shortfall,
@@ -60,7 +59,7 @@ def config() -> dict:
         "vae_video": {
             **toy.VAE_VIDEO, **code,
             "num_class_embeds": 300, "enlarger_channels": 8, "enlarger_layers": 2, "enlarger_meeting": 4,
-            "enlarger_beside": True, "corrector_channels": 4, "corrector_layers": 2,
+            "enlarger_beside": True,
         },
         "scheduler": toy.SCHEDULER,
         "model": {"defaults": toy.DEFAULTS, "presets": toy.PRESETS},
@@ -93,7 +92,6 @@ def config() -> dict:
                 "rates": {"enlarger": 1e-3, "new": 1e-3},
             },
             "trust": {**clips, "as": "vae_video", "rates": {"enlarger": 1e-3, "shares": 0.02}},
-            "corrected": {**clips, "as": "vae_video", "often": [1, 0, 0, 0, 0], "rates": {"corrector": 1e-3}},
         },
     }  # fmt: skip
 
@@ -146,8 +144,7 @@ def test_a_resumed_runs_log_goes_on_where_it_was(data, tmp_path):
 
 
 @pytest.mark.parametrize("stage", [
-        "vae", "unet", "temporal", "whole", "vae_video", "vae_image", "enlarger", "beside", "trust",
-        "corrected",
+        "vae", "unet", "temporal", "whole", "vae_video", "vae_image", "enlarger", "beside", "trust"
     ]
 )  # fmt: skip
 def test_only_what_a_stage_trains_moves(data, tmp_path, stage):
@@ -167,18 +164,17 @@ def test_only_what_a_stage_trains_moves(data, tmp_path, stage):
         "enlarger": lambda n: n.startswith("vae_video.enlarger.") and "class_embedding" not in n,
         "beside": lambda n: n.startswith("vae_video.enlarger.") and "class_embedding" not in n,
         "trust": lambda n: n.startswith("vae_video.enlarger."),
-        "corrected": lambda n: n.startswith("vae_video.corrector."),
     }[stage]
     assert moved and all(allowed(name) for name in moved), sorted(n for n in moved if not allowed(n))
     if "shares" in settings["stages"][stage]["rates"]:
         assert "vae_video.enlarger.class_embedding.weight" in moved
 
 
-def test_a_model_from_before_enlarger_and_corrector_goes_on_with_fresh_ones(data, tmp_path):
+def test_a_model_from_before_the_enlarger_goes_on_with_a_fresh_one(data, tmp_path):
     settings = config()
     path = train("unet", settings, data, tmp_path, steps=1)
     saved = torch.load(path, weights_only=True)
-    older = {k: v for k, v in saved["weights"]["vae_video"].items() if not k.startswith(("enlarger.", "corrector."))}
+    older = {k: v for k, v in saved["weights"]["vae_video"].items() if not k.startswith("enlarger.")}
     torch.save({**saved, "weights": saved["weights"] | {"vae_video": older}}, path)
     after = weights(train("trust", settings, data, tmp_path / "on", init=path, steps=1))
     assert all(torch.equal(after[f"vae_video.{name}"], value) for name, value in older.items())
@@ -437,30 +433,6 @@ def test_colours_have_a_loss_of_their_own(data):
         assert learner.picture(result, batch, level)["loss"].item() == pytest.approx(3 * times * 0.2, rel=1e-5)
 
 
-def test_brightness_cannot_be_paid_for_with_colour(data):
-    """With "chroma" the losses of luma do not change with what leaves luma alone, nor the colours' with brightness."""
-    stage = config()["stages"]["vae_image"] | {
-        "colours": 2, "chroma": 0.5, "pixels": [3, 3, 3, 3, 3], "psnr": [0.25, 0.25, 0.25, 0.25, 0.25]
-    }  # fmt: skip
-    learner = Learner(
-        build(config()), Schedule.from_config(toy.SCHEDULER), stage, "vae_image", torch.zeros(9, 3, 16),
-        torch.from_numpy(np.load(data / "basis.npy")),
-    )  # fmt: skip
-    batch, level = {"hr": torch.zeros(1, 3, 1, 8, 8)}, torch.tensor([20])
-
-    def loss(*error):
-        result = torch.tensor(error).view(1, 3, 1, 1, 1).expand(1, 3, 1, 8, 8)
-        return learner.picture(result, batch, level)["loss"].item()
-
-    bright, tint = 0.2, (0.587, -0.299, 0.0)  # of no luma
-    decibels = lambda square: 10 * np.log10(square / 4 + 1e-5) + 50  # noqa: E731
-    of_luma = 3 * bright + 0.25 * decibels(bright**2)
-    of_colour = 3 * 2 * sum(map(abs, tint)) / 3 + 0.5 * decibels(sum(t**2 for t in tint) / 3)
-    assert loss(bright, bright, bright) == pytest.approx(of_luma, rel=1e-5)
-    assert loss(*tint) == pytest.approx(of_colour, rel=1e-5)
-    assert loss(*(bright + t for t in tint)) == pytest.approx(of_luma + of_colour, rel=1e-5)
-
-
 @given(st.integers(0, 1000), st.floats(0.2, 0.8))
 def test_the_psnr_loss_counts_the_decibels_that_are_reported(seed, size):
     """For clips of one frame; beside the metric, which has another peak."""
@@ -468,7 +440,7 @@ def test_the_psnr_loss_counts_the_decibels_that_are_reported(seed, size):
     truth = torch.rand(3, 3, 1, 9, 7, generator=generator)
     noise = size * torch.randn(truth.shape, generator=generator)
     metric = [psnr_y(*(x[:, 0][None] / 2 + 0.5 for x in pair)) for pair in zip(truth + noise, truth, strict=True)]
-    loss = shortfall(luma(noise))
+    loss = shortfall(truth + noise, truth)
     assert (loss[0] - loss[1:]).tolist() == pytest.approx([m - metric[0] for m in metric[1:]], abs=0.05)
 
 

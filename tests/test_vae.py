@@ -264,7 +264,6 @@ def test_no_attention_where_it_is_left_out():
         ),
         ({"enlarger_meeting": 4}, "enlarger_meeting 4 needs enlarger_channels, got None"),
         ({"enlarger_beside": True}, "enlarger_beside True needs enlarger_channels, got None"),
-        ({"corrector_channels": 8}, "corrector_channels 8 needs enlarger_channels, got None"),
         ({"up_block_types": ["UpDecoderBlock4D"] * 3}, "unknown block type 'UpDecoderBlock4D'; known: UpDec"),
     ],
 )

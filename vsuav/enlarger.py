@@ -56,8 +56,8 @@ class Enlarger(nn.Module):
         self.class_embedding = nn.Embedding(levels, 1)
         nn.init.constant_(self.class_embedding.weight, UNTRAINED)
 
-    def features(self, low_res: Tensor, beside: Tensor | None = None) -> Tensor:
-        """low_res "b 3 t h w" in [-1, 1] -> what it finds there, "b c t h w".
+    def forward(self, low_res: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """low_res "b 3 t h w" in [-1, 1] -> detail "b 3 t 4h 4w" and trust "b 1 t 4h 4w", which `mixed` wants.
 
         beside "b 6 t h w": what `degrain.beside` finds before and after each frame; None: nothing.
         """
@@ -70,19 +70,15 @@ class Enlarger(nn.Module):
             x = block(x)
             if self.meetings and i % 2:
                 x = self.meetings[i // 2](x)
-        return plus(x, first)
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """What was found, "b c t h w" -> detail "b 3 t 4h 4w" and trust "b 1 t 4h 4w", which `mixed` wants."""
-        detail, trust = self.conv_out(features).split((3 * SCALE**2, SCALE**2), dim=1)
+        detail, trust = self.conv_out(plus(x, first)).split((3 * SCALE**2, SCALE**2), dim=1)
         return shuffled(detail, SCALE), shuffled(trust, SCALE)
 
-    def mixed(self, drawn: Tensor, features: Tensor, level: Tensor) -> Tensor:
+    def mixed(self, drawn: Tensor, low_res: Tensor, level: Tensor, beside: Tensor | None = None) -> Tensor:
         """`drawn` "b 3 t 4h 4w", what a decoder adds to bicubic, mixed with what this network adds; level (b,), int64.
 
         The share of a pixel is the sigmoid of its trust and its noise level's.
         """
-        detail, trust = self(features)
+        detail, trust = self(low_res, beside)
         share = torch.sigmoid(trust + self.class_embedding(level)[:, :, None, None, None].to(trust))
         detail = detail.to(drawn)
         in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())

@@ -84,12 +84,6 @@ def shuffled(x: Tensor, side: int) -> Tensor:
     return blocks.permute(0, 1, 2, 5, 3, 6, 4).flatten(5, 6).flatten(3, 4).transpose(1, 2)
 
 
-def unshuffled(x: Tensor, side: int) -> Tensor:
-    """The other way: pixels "b c t (h side) (w side)" as channels "b (c side side) t h w", last in memory."""
-    blocks = x.unflatten(4, (-1, side)).unflatten(3, (-1, side))
-    return blocks.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).permute(0, 4, 1, 2, 3)
-
-
 class Linear(nn.Linear):
     """A linear layer, and the sum with what it is a residual to."""
 

@@ -332,7 +332,8 @@ class Networks:
         if rows < height and not self.settings.tiny_vae:  # the tiny one sees frame by frame, which is little
             banded = BandedDecoder(self._vae.decoder, rows, self._home(len(frames), height, width))
             decode = functools.partial(self._vae.decode, decoder=banded)
-        seen, level = [self._sent(x) for x in (low_res, beside) if x is not None], self.settings.noise_level
+        level = torch.full((1,), self.settings.noise_level, device=self.device)
+        seen = [self._sent(x) for x in (low_res, beside) if x is not None]
         decoded = self._run(decode, self._sent(z, self._decoder_dtype), seen[0], level, *seen[1:], frames=frames)
         return decoded[0].transpose(0, 1).float()
 

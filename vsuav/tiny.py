@@ -94,7 +94,7 @@ class TinyVAE(nn.Module):
         self.config = config
         self.decoder = TinyDecoder(config)
 
-    def decode(self, z: Tensor, low_res: Tensor | None = None, level: Tensor | int | None = None) -> Tensor:
+    def decode(self, z: Tensor, low_res: Tensor | None = None, level: Tensor | None = None) -> Tensor:
         """Frames "b 3 t 4h 4w", about [-1, 1], not clamped, of z "b c t h w", already divided by the scaling factor.
 
         One frame after the other: no result depends on another frame, and the memory of one is enough.

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from vsuav.attention import attend
 from vsuav.color import bicubic
 from vsuav.configs import network_config
-from vsuav.corrector import Corrector
 from vsuav.enlarger import Enlarger
 from vsuav.layers import (
     Down,
@@ -31,7 +30,6 @@ from vsuav.layers import (
     plus,
     shuffled,
     times,
-    unshuffled,
     zeroed,
 )
 
@@ -51,8 +49,6 @@ class VAEConfig:
     `enlarger_channels`, `enlarger_layers`: an `Enlarger` so wide and deep, with which the decoder's picture is mixed;
     for a decoder with `bicubic_skip` that knows the noise level. `enlarger_meeting`: frames meet in it, in so wide
     blocks. `enlarger_beside`: it is told what the frames before and after each frame would change in it.
-    `corrector_channels`, `corrector_layers`: a `Corrector` so wide and deep of what was mixed, at noise levels below
-    `corrector_until`.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512)
@@ -75,9 +71,6 @@ class VAEConfig:
     enlarger_layers: int = 6
     enlarger_meeting: int | None = None
     enlarger_beside: bool = False
-    corrector_channels: int | None = None
-    corrector_layers: int = 8
-    corrector_until: int = 20
 
     FIXED = {
         "act_fn": ("silu",),
@@ -104,7 +97,7 @@ class VAEConfig:
                 f"VAEConfig: enlarger_channels needs bicubic_skip and num_class_embeds, got {self.enlarger_channels} "
                 f"with {self.bicubic_skip} and {self.num_class_embeds}"
             )
-        for name in ("enlarger_meeting", "enlarger_beside", "corrector_channels"):
+        for name in ("enlarger_meeting", "enlarger_beside"):
             if getattr(self, name) and not self.enlarger_channels:
                 raise ValueError(f"VAEConfig: {name} {getattr(self, name)} needs enlarger_channels, got None")
         for kind in self.up_block_types:
@@ -210,7 +203,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.unshuffle > 1:
             x = x[..., : x.shape[3] // self.unshuffle * self.unshuffle, : x.shape[4] // self.unshuffle * self.unshuffle]
-            x = unshuffled(x, self.unshuffle)
+            x = clip(F.pixel_unshuffle(frames(x), self.unshuffle), x.shape[2])
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -293,10 +286,6 @@ class VAE(nn.Module):
                 config.enlarger_channels, config.enlarger_layers, config.num_class_embeds, config.enlarger_meeting,
                 config.enlarger_beside,
             )  # fmt: skip
-        if config.corrector_channels:
-            self.corrector = Corrector(
-                config.enlarger_channels, config.corrector_channels, config.corrector_layers, config.corrector_until
-            )
 
     def _enter(self, x: Tensor) -> Tensor:
         return x.to(self.quant_conv.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
@@ -310,7 +299,7 @@ class VAE(nn.Module):
         self,
         z: Tensor,
         low_res: Tensor | None = None,
-        level: Tensor | int | None = None,
+        level: Tensor | None = None,
         beside: Tensor | None = None,
         w: float = 1.0,
         decoder: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor] | None = None,
@@ -318,9 +307,8 @@ class VAE(nn.Module):
         """Frames "b 3 t 4h 4w", about [-1, 1], not clamped.
 
         z "b c t h w": latents, already divided by `config.scaling_factor`. low_res "b 3 t h w": the clean input frames
-        in [-1, 1], needed where the decoder was built for them; w: how much they count. level: the noise level the
-        latents were made for, of each clip (b,), int64, or one for all, needed where the decoder knows it
-        (`config.num_class_embeds`); what counts nothing at one for all is not computed. beside
+        in [-1, 1], needed where the decoder was built for them; w: how much they count. level (b,), int64: the noise
+        level the latents were made for, needed where the decoder knows it (`config.num_class_embeds`). beside
         "b 6 t h w": what the frames before and after would change in each (`degrain.beside`), for a decoder that is
         told (`config.enlarger_beside`); None: nothing. decoder: what runs in the place of `self.decoder` and gives the
         same in another way.
@@ -340,16 +328,10 @@ class VAE(nn.Module):
             )
         if self.config.num_class_embeds and level is None:
             raise ValueError("VAE.decode: this decoder needs level, the noise level of each clip, got None")
-        corrects = self.config.corrector_channels
-        if isinstance(level, int):
-            corrects = corrects and level < self.config.corrector_until
-            level = torch.full((len(z),), level, device=z.device)
         condition = self._enter(low_res) if self.config.condition_img else None
         x = (decoder or self.decoder)(self.post_quant_conv(self._enter(z)), condition, level, w)
         if self.config.enlarger_channels:
-            found = self.enlarger.features(self._enter(low_res), None if beside is None else self._enter(beside))
-            x = self.enlarger.mixed(x, found, level)
-            x = self.corrector.corrected(x, found, level) if corrects else x
+            x = self.enlarger.mixed(x, self._enter(low_res), level, None if beside is None else self._enter(beside))
         if self.config.bicubic_skip:
             skip = bicubic(low_res.transpose(1, 2).flatten(0, 1), self.config.factor)
             x = plus(x, skip.unflatten(0, (-1, z.shape[2])).transpose(1, 2).to(x))
