@@ -93,7 +93,7 @@ def test_pairs_of_another_program_are_measured(tmp_path, model, capsys):
     for row in ("SPAN", "znedi3"):
         assert f"row {row} left out" in said.err
     assert "longer: lr has 3 frames, hr 5; the first 3 are measured" in said.err
-    assert re.search(r"\| bicubic \| [\d.]+ \| [\d.]+ \| – \| – \|", said.out)
+    assert re.search(r"\| bicubic \| [\d.]+ \| [\d.]+ \| [\d.]+ \| – \| – \|", said.out)
     for name, numbers in clips.items():
         low, truth = (
             [as_rgb(f) for f in av.open(str(folder / f"{name}.{part}.mkv")).decode(video=0)]
